@@ -1,0 +1,51 @@
+"""What every detector takes and gives; the teacher, the student and the distiller meet here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from ..boxes import Boxes3D
+from ..data.schema import Batch
+from ..grid import BevGrid
+
+
+@dataclass
+class BevMap:
+    """One named level of a detector's bird's-eye view: features (B, C, Y, X) and the ground they cover."""
+
+    features: Tensor
+    grid: BevGrid
+
+
+@dataclass
+class DetectorOutput:
+    """The maps of one forward pass.
+
+    Attributes:
+        bev: named BEV maps. Detectors of ours give "stage0", "stage1", ... (the BEV encoder's stages, fine to
+            coarse) and "head" (the map that enters the detection head). Camera students also give "lifted".
+        heads: one dict per task with raw maps (B, C, Y, X): reg 2, height 1, dim 3, rot 2 (sin, cos), vel 2,
+            heatmap (one logit per class of the task).
+        depth_logits: (B, N, D, H, W) of students that predict depth, else None.
+    """
+
+    bev: dict[str, BevMap]
+    heads: list[dict[str, Tensor]] = field(default_factory=list)
+    depth_logits: Tensor | None = None
+
+
+class Detector(Protocol):
+    """A detector is an `nn.Module` with these three methods."""
+
+    def __call__(self, batch: Batch) -> DetectorOutput: ...
+
+    def loss(self, output: DetectorOutput, batch: Batch) -> dict[str, Tensor]:
+        """Weighted terms whose sum is the detection loss; every `batch.boxes` entry must be present."""
+        ...
+
+    def decode(self, output: DetectorOutput) -> list[Boxes3D]:
+        """Detections of every sample, in the LiDAR frame (with the batch's BEV augmentation in it)."""
+        ...
