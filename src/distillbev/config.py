@@ -1,5 +1,6 @@
 """The base of every configuration: frozen, strictly decoded, tagged by its class name."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -37,3 +38,26 @@ def read_config(path: Path, config_type: type[ConfigT]) -> ConfigT:
     except (yaml.YAMLError, msgspec.ValidationError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{path}: not a valid {config_type.__name__}: {reason}") from None
+
+
+def with_overrides(config: ConfigT, overrides: Sequence[str]) -> ConfigT:
+    """The config with settings replaced by `dotted.key=value` texts; values are read as YAML.
+
+    Raises:
+        ConfigError: no `=`, a key that does not exist, or a value that does not fit.
+    """
+    values = msgspec.to_builtins(config)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        *parents, last = key.split(".")
+        target = values
+        for parent in parents:
+            target = target.get(parent) if isinstance(target, dict) else None
+        if not equals or not isinstance(target, dict) or last not in target:
+            known = sorted(target) if isinstance(target, dict) else sorted(values)
+            raise ConfigError(f"--set {override}: expected KEY=VALUE with a known key, one of {known}")
+        target[last] = yaml.safe_load(text)
+    try:
+        return msgspec.convert(values, type(config))
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"--set {' '.join(overrides)}: {error}") from None

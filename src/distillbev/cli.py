@@ -1,0 +1,214 @@
+"""The command line: each command is a thin function over one library function.
+
+torch is imported inside the commands that need it, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .errors import DistillBevError
+
+app = typer.Typer(
+    help="Camera-only bird's-eye-view 3-D detectors that learn by imitating LiDAR detectors.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+DataRoot = Annotated[Path, typer.Option("--data", help="Folder of a nuScenes dataset, real or simulated.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder to write to.")]
+Run = Annotated[Path, typer.Argument(help="Folder of a finished run.")]
+Split = Annotated[str, typer.Option("--split", help="Split of the dataset.")]
+Sample = Annotated[str | None, typer.Option("--sample", help="Token of a key frame; the first one if not given.")]
+Overrides = Annotated[
+    list[str], typer.Option("--set", help="Change one setting, as in --set optim.steps=100; may be repeated.")
+]
+
+
+def main() -> None:
+    """Runs a command; what the user caused is told in one line, without a traceback."""
+    try:
+        app()
+    except DistillBevError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; run the same command again to go on", err=True)
+        sys.exit(130)
+
+
+@app.command()
+def simulate(
+    out: Annotated[Path, typer.Argument(help="Folder of the new dataset.")],
+    seed: int = 0,
+    scenes: Annotated[
+        list[str], typer.Option("--scenes", help="SPLIT=COUNT, as in --scenes train=16; may be repeated.")
+    ] = ["train=16", "val=4"],  # noqa: B006
+    key_frames: Annotated[int, typer.Option(help="Key frames per scene (2 Hz).")] = 8,
+    image_size: Annotated[str, typer.Option(help="WIDTHxHEIGHT of the six cameras, in pixels.")] = "352x198",
+    overrides: Overrides = [],  # noqa: B006
+    processes: Annotated[int | None, typer.Option(help="Worker processes; one per core if not given.")] = None,
+) -> None:
+    """Simulate a driving world and write it as a nuScenes dataset."""
+    from .config import with_overrides
+    from .world import SplitConfig, WorldConfig
+    from .world import simulate as simulate_world
+
+    config = WorldConfig(
+        seed=seed,
+        splits=tuple(SplitConfig(name=name, scenes=count) for name, count in map(_split_count, scenes)),
+        key_frames_per_scene=key_frames,
+        image_size_px=_image_size(image_size),
+    )
+    simulate_world(with_overrides(config, overrides), out, processes=processes)
+
+
+@app.command()
+def inspect(
+    root: Annotated[Path, typer.Argument(help="Folder of a nuScenes dataset.")],
+    sample: Sample = None,
+    frames: Annotated[int, typer.Option(help="How many key frames, spread over the split.")] = 4,
+    split: Annotated[str | None, typer.Option("--split", help="Split to draw from; all if not given.")] = None,
+    out: Out = Path("inspect"),
+) -> None:
+    """Draw boxes and points on the pixels and on the BEV, before any training."""
+    from .data.samples import NuScenes
+    from .report.draw import inspect_sample
+
+    nuscenes = NuScenes(root)
+    tokens = [sample] if sample else _spread(nuscenes.sample_tokens(split), frames)
+    for token in tokens:
+        for path in inspect_sample(nuscenes.sample(token), out):
+            typer.echo(path)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="Name of a recipe (see `recipes`), or an experiment.yaml.")],
+    data: DataRoot,
+    out: Out,
+    teacher: Annotated[Path | None, typer.Option(help="Run folder of the trained teacher.")] = None,
+    seed: int | None = None,
+    overrides: Overrides = [],  # noqa: B006
+    resume: Annotated[bool, typer.Option(help="Go on where an interrupted run stopped.")] = True,
+) -> None:
+    """Train a teacher, a student, or a student that learns from a teacher."""
+    from .recipes import experiment_from
+    from .train.loop import train as run_training
+
+    typer.echo(run_training(experiment_from(recipe, data, teacher, seed, overrides), out, resume=resume))
+
+
+@app.command()
+def evaluate(
+    run: Run,
+    data: DataRoot,
+    split: Split = "val",
+    out: Annotated[Path | None, typer.Option("--out", help="Folder; inside the run if not given.")] = None,
+) -> None:
+    """Score a trained detector: nuScenes metrics table and official results file."""
+    from .scoring import evaluate_run
+
+    typer.echo(evaluate_run(run, data, split, out or run / f"evaluation-{split}").table)
+
+
+@app.command()
+def predict(
+    run: Run,
+    data: DataRoot,
+    sample: Sample = None,
+    out: Out = Path("prediction"),
+    threshold: Annotated[float, typer.Option(help="Lowest score that is drawn.")] = 0.3,
+) -> None:
+    """Run a trained detector on one key frame; write its boxes and a picture."""
+    from .scoring import predict_sample
+
+    for path in predict_sample(run, data, sample, out, threshold):
+        typer.echo(path)
+
+
+@app.command()
+def show(
+    run: Run,
+    data: DataRoot,
+    split: Split = "val",
+    frames: Annotated[int, typer.Option(help="How many key frames, spread over the split.")] = 6,
+    out: Annotated[Path | None, typer.Option("--out", help="Page; report.html of the run if not given.")] = None,
+) -> None:
+    """Write a page about a run: its settings, training curves, and detections beside the ground truth."""
+    from .scoring import show_run
+
+    typer.echo(show_run(run, data, split, frames, out or run / "report.html"))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Folder of the demo.")] = Path("demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="At most 5 minutes, worse numbers.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="All arms, 3 seeds, 300 held-out frames.")] = False,
+    large: Annotated[bool, typer.Option("--large", help="Bigger images and models, for a GPU.")] = False,
+    arms: Annotated[str | None, typer.Option(help="Arms to run, with commas between them.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="How many seeds.")] = None,
+    seed: Annotated[int, typer.Option(help="First seed.")] = 0,
+) -> None:
+    """The main job: simulate, train a teacher, distil students, score them on held-out scenes, report."""
+    from .demo import choose_plan, run_demo
+
+    plan = choose_plan(quick=quick, full=full, large=large, arms=arms, seeds=seeds, first_seed=seed)
+    run_demo(plan, out)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine has, what is missing, and how to mend it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from .doctor import examine
+
+    findings = examine()
+    table = Table("what", "found", "to mend")
+    for finding in findings:
+        table.add_row(finding.subject, finding.found, finding.mend or "")
+    Console().print(table)
+    if any(finding.fatal for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes that `train` knows."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from .recipes import RECIPES
+
+    table = Table("recipe", "what it trains")
+    for name, recipe in RECIPES.items():
+        table.add_row(name, (recipe.__doc__ or "").splitlines()[0])
+    Console().print(table)
+
+
+def _split_count(text: str) -> tuple[str, int]:
+    name, _, count = text.partition("=")
+    if not name or not count.isdigit():
+        raise typer.BadParameter(f"{text!r}; expected SPLIT=COUNT, as in train=16")
+    return name, int(count)
+
+
+def _image_size(text: str) -> tuple[int, int]:
+    width, _, height = text.partition("x")
+    if not (width.isdigit() and height.isdigit()):
+        raise typer.BadParameter(f"{text!r}; expected WIDTHxHEIGHT, as in 352x198")
+    return int(width), int(height)
+
+
+def _spread(tokens: list[str], count: int) -> list[str]:
+    """`count` of the tokens, evenly spread."""
+    count = min(count, len(tokens))
+    return [tokens[i * len(tokens) // count] for i in range(count)]

@@ -1,0 +1,121 @@
+"""Weights and training state on disk: safetensors and JSON only, each checkpoint complete or absent."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+
+
+def save_weights(state: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes tensors to one safetensors file, atomically."""
+    temporary = path.with_name(f".{path.name}.part")
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, temporary, metadata)
+    os.replace(temporary, path)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Reads one safetensors file to the CPU.
+
+    Raises:
+        CheckpointError: the file is absent or damaged.
+    """
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; expected weights that a run wrote") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not readable as safetensors ({error}); copy or train it again") from None
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Loads weights strictly: every key and every shape must agree.
+
+    Raises:
+        CheckpointError: the file belongs to another architecture; says how they differ.
+    """
+    found, expected = read_weights(path), model.state_dict()
+    missing = sorted(expected.keys() - found.keys())
+    surplus = sorted(found.keys() - expected.keys())
+    reshaped = [key for key in expected if key in found and expected[key].shape != found[key].shape]
+    if missing or surplus or reshaped:
+        parts = [f"{len(missing)} keys are missing (first: {missing[0]})"] if missing else []
+        parts += [f"{len(surplus)} are unknown (first: {surplus[0]})"] if surplus else []
+        if reshaped:
+            key = reshaped[0]
+            parts.append(
+                f"{len(reshaped)} differ in shape (first: {key}, found {tuple(found[key].shape)}, "
+                f"expected {tuple(expected[key].shape)})"
+            )
+        raise CheckpointError(
+            f"{path}: weights of another architecture than {type(model).__name__} as configured: "
+            f"{'; '.join(parts)}; use the experiment.yaml of the run that wrote them"
+        )
+    model.load_state_dict(found)
+
+
+class Checkpoint:
+    """One folder `step-NNNNNNN` with model, optimizer, average and random state."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.step = int(folder.name.removeprefix("step-"))
+
+    @staticmethod
+    def latest(checkpoints: Path) -> Checkpoint | None:
+        """The newest complete checkpoint; unfinished ones (hidden folders) do not count."""
+        folders = sorted(checkpoints.glob("step-*"))
+        return Checkpoint(folders[-1]) if folders else None
+
+    @staticmethod
+    def save(
+        checkpoints: Path,
+        step: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        average: dict[str, Tensor] | None,
+        keep: int,
+    ) -> None:
+        """Writes a checkpoint beside the others, makes it visible in one rename, drops the oldest."""
+        final, part = checkpoints / f"step-{step:07d}", checkpoints / f".step-{step:07d}.part"
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        save_weights(model.state_dict(), part / "model.safetensors")
+        if average is not None:
+            save_weights(average, part / "average.safetensors")
+        state = optimizer.state_dict()["state"]
+        tensors = {f"{i}.{key}": value for i, entry in state.items() for key, value in entry.items()}
+        save_weights(tensors, part / "optimizer.safetensors")
+        random_state = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            random_state["cuda"] = torch.cuda.get_rng_state()
+        save_weights(random_state, part / "random.safetensors")
+        (part / "state.json").write_text(json.dumps({"step": step}))
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(part, final)
+        for old in sorted(checkpoints.glob("step-*"))[:-keep]:
+            shutil.rmtree(old)
+
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor] | None:
+        """Puts model, optimizer and random state back as they were; returns the averaged weights, if any."""
+        load_weights(model, self.folder / "model.safetensors")
+        tensors = read_weights(self.folder / "optimizer.safetensors")
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            index, key = name.split(".", 1)
+            state.setdefault(int(index), {})[key] = tensor
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        random_state = read_weights(self.folder / "random.safetensors")
+        torch.set_rng_state(random_state["cpu"])
+        if "cuda" in random_state and torch.cuda.is_available():
+            torch.cuda.set_rng_state(random_state["cuda"])
+        average = self.folder / "average.safetensors"
+        return read_weights(average) if average.exists() else None

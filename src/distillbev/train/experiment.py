@@ -1,0 +1,91 @@
+"""A whole run as one frozen value: what is trained, on what, and how."""
+
+from typing import Literal
+
+from ..config import Config
+from ..data.loader import DataConfig
+from ..distill.distiller import DistillConfig
+from ..errors import ConfigError
+from ..models.bevdet import BevDetConfig
+from ..models.centerpoint import CenterPointConfig
+from .schedule import ScheduleConfig
+
+
+class OptimConfig(Config, frozen=True):
+    """AdamW with gradient clipping; one step sees `labelled_per_step` + `unlabelled_per_step` samples.
+
+    `accumulate` splits a step's samples into that many forward passes; `ema_decay` keeps an average of the
+    weights, which is then what is evaluated and saved as the result.
+    """
+
+    steps: int = 800
+    labelled_per_step: int = 2
+    unlabelled_per_step: int = 0
+    accumulate: int = 1
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.01
+    clip_norm: float | None = 10.0
+    schedule: ScheduleConfig = ScheduleConfig()
+    ema_decay: float | None = None
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    class_balanced: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}; choose 1 or more")
+        if self.labelled_per_step + self.unlabelled_per_step < 1:
+            raise ConfigError("a step without samples; raise labelled_per_step or unlabelled_per_step")
+
+
+class LogConfig(Config, frozen=True):
+    """How often, in steps, the run writes down where it is."""
+
+    log_every: int = 20
+    checkpoint_every: int = 200
+    gradient_norms_every: int | None = 100
+    keep_checkpoints: int = 2
+    tensorboard: bool = False
+
+
+class Experiment(Config, frozen=True):
+    """Everything that a run depends on but the code.
+
+    Without `student`, the teacher itself is trained. With `distill`, the student learns from the teacher whose
+    weights lie in `teacher_weights`. `inherit_head` starts the student's head from the teacher's.
+    """
+
+    name: str
+    teacher: CenterPointConfig | None = None
+    student: BevDetConfig | None = None
+    distill: DistillConfig | None = None
+    teacher_weights: str | None = None
+    inherit_head: bool = False
+    data_root: str = ""
+    labelled_splits: tuple[str, ...] = ("train",)
+    unlabelled_splits: tuple[str, ...] = ()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    log: LogConfig = LogConfig()
+    workers: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.student is None and self.teacher is None:
+            raise ConfigError(f"experiment {self.name!r} trains nothing; give a teacher or a student")
+        if self.needs_teacher and self.teacher is None:
+            raise ConfigError(f"experiment {self.name!r} learns from a teacher, but names none; set `teacher`")
+        if self.distill is not None and self.student is None:
+            raise ConfigError(f"experiment {self.name!r} has `distill` but no student; set `student`")
+        if bool(self.optim.unlabelled_per_step) != bool(self.unlabelled_splits):
+            raise ConfigError(
+                f"unlabelled_per_step={self.optim.unlabelled_per_step} with unlabelled_splits="
+                f"{list(self.unlabelled_splits)}; give both or neither"
+            )
+        if self.unlabelled_splits and self.distill is None:
+            raise ConfigError("unlabelled frames teach nothing without a teacher; set `distill` or drop them")
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a trained teacher takes part in this run."""
+        return self.distill is not None or self.inherit_head

@@ -1,0 +1,70 @@
+"""A trained detector over many frames."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import torch
+from rich.progress import track
+
+from ..boxes import Boxes3D
+from ..config import read_config
+from ..data.loader import FrameDataset, frames_of_tokens, make_inference_loader
+from ..data.samples import NuScenes
+from ..errors import RunError
+from ..models.bevdet import BevDet
+from ..models.centerpoint import CenterPoint
+from .checkpoint import load_weights
+from .experiment import Experiment
+from .loop import WEIGHTS_FILE, autocast, build_detector
+
+
+def read_run(run: Path) -> Experiment:
+    """The experiment of a run folder.
+
+    Raises:
+        RunError: the folder is no run.
+    """
+    if not (run / "experiment.yaml").exists():
+        raise RunError(f"{run}: no experiment.yaml; expected a run folder that `distillbev train` made")
+    return read_config(run / "experiment.yaml", Experiment)
+
+
+def load_trained(run: Path, device: torch.device | str = "cpu") -> tuple[Experiment, BevDet | CenterPoint]:
+    """The trained detector of a run folder, ready for use.
+
+    Raises:
+        RunError: the folder is no run, or its training has not finished.
+        CheckpointError: the weights do not fit the experiment beside them.
+    """
+    experiment = read_run(run)
+    if not (run / WEIGHTS_FILE).exists():
+        raise RunError(f"{run}: no {WEIGHTS_FILE} yet; let `distillbev train` finish (it resumes by itself)")
+    detector = build_detector(experiment)
+    load_weights(detector, run / WEIGHTS_FILE)
+    return experiment, detector.to(device).eval()
+
+
+@torch.inference_mode()
+def detect(
+    experiment: Experiment,
+    detector: BevDet | CenterPoint,
+    nuscenes: NuScenes,
+    tokens: Sequence[str],
+    batch_size: int = 4,
+    show_progress: bool = True,
+) -> dict[str, Boxes3D]:
+    """Detections of every sample (token -> boxes in its LiDAR frame), without any augmentation."""
+    device = next(detector.parameters()).device
+    data = msgspec.structs.replace(experiment.data, image_aug=None, bev_aug=None)
+    dataset = FrameDataset(nuscenes, frames_of_tokens(tokens), data, seed=0, train=False)
+    loader = make_inference_loader(dataset, batch_size, workers=experiment.workers)
+    detections: dict[str, Boxes3D] = {}
+    for batch in track(loader, f"detecting ({experiment.name})", disable=not show_progress):
+        with autocast(experiment.optim.precision, device):
+            output = detector(batch.to(device))
+        for token, boxes in zip(batch.tokens, detector.decode(output), strict=True):
+            detections[token] = boxes.to("cpu")
+    return detections

@@ -1,0 +1,359 @@
+"""The training loop: one step after another, written down as it goes, resumable to the same numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..config import read_config, write_config
+from ..data.loader import FrameDataset, frames_of_splits, make_training_loader
+from ..data.samples import NuScenes
+from ..data.schema import Batch
+from ..distill.distiller import Distiller, inherit_head
+from ..errors import RunError
+from ..models.bevdet import BevDet
+from ..models.centerpoint import CenterPoint
+from ..models.outputs import Detector
+from .checkpoint import Checkpoint, load_weights, save_weights
+from .environment import describe_environment
+from .experiment import Experiment
+from .schedule import learning_rate_factor
+
+WEIGHTS_FILE = "weights.safetensors"
+
+
+class DetectionObjective(nn.Module):
+    """What a detector without a teacher minimises: its own detection loss."""
+
+    def __init__(self, detector: nn.Module) -> None:
+        super().__init__()
+        self.student = detector
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        return self.student.loss(self.student(batch), batch)
+
+
+def build_detector(experiment: Experiment) -> BevDet | CenterPoint:
+    """The detector that the experiment trains, with fresh weights."""
+    if experiment.student is not None:
+        return BevDet(experiment.student)
+    assert experiment.teacher is not None
+    return CenterPoint(experiment.teacher)
+
+
+def load_teacher(experiment: Experiment) -> CenterPoint:
+    """The trained teacher of an experiment, in eval mode.
+
+    Raises:
+        RunError: the experiment does not say where the teacher's weights lie.
+    """
+    assert experiment.teacher is not None
+    if experiment.teacher_weights is None:
+        raise RunError(
+            f"experiment {experiment.name!r} needs a trained teacher, found none; "
+            "train one first and give its run folder with --teacher"
+        )
+    teacher = CenterPoint(experiment.teacher)
+    load_weights(teacher, Path(experiment.teacher_weights))
+    return teacher.eval()
+
+
+def build_objective(experiment: Experiment) -> DetectionObjective | Distiller:
+    """The detector and what it minimises: its own loss, or a teacher's lessons as well."""
+    detector = build_detector(experiment)
+    if not experiment.needs_teacher:
+        return DetectionObjective(detector)
+    teacher = load_teacher(experiment)
+    if experiment.inherit_head:
+        inherit_head(detector, teacher)
+    if experiment.distill is None:
+        return DetectionObjective(detector)
+    return Distiller(teacher, detector, experiment.distill)
+
+
+class AveragedWeights:
+    """Exponential moving average of the weights; counters and batch-norm statistics are copied as they are."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        self.learned = {name for name, _ in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))  # short memory at first: early weights are far off
+        for name, tensor in model.state_dict().items():
+            if name in self.learned:
+                self.state[name].lerp_(tensor, 1 - decay)
+            else:
+                self.state[name].copy_(tensor)
+
+
+def train(experiment: Experiment, run: Path, *, resume: bool = True, show_progress: bool = True) -> Path:
+    """Trains what the experiment describes and leaves everything about it in the run folder.
+
+    Continues from the newest checkpoint of the same experiment, to the same numbers as an uninterrupted run.
+
+    Returns:
+        The file with the resulting weights (the average where the experiment keeps one).
+
+    Raises:
+        RunError: the folder holds another run, or a loss is not finite (named, with the samples' tokens).
+        DataError: a file that the run needs is absent or damaged.
+    """
+    rank, world_size, device = join_processes()
+    weights = run / WEIGHTS_FILE
+    claim_run_folder(experiment, run, resume, write=rank == 0)
+    if weights.exists():
+        return weights
+
+    torch.manual_seed(experiment.seed)
+    optim, log = experiment.optim, experiment.log
+    nuscenes = NuScenes(Path(experiment.data_root))
+    frames, groups = frames_of_splits(nuscenes, experiment.labelled_splits, experiment.unlabelled_splits)
+    dataset = FrameDataset(nuscenes, frames, experiment.data, seed=experiment.seed, train=True)
+
+    objective = build_objective(experiment).to(device)
+    model = objective.student
+    optimizer = torch.optim.AdamW(
+        parameter_groups(objective, optim.weight_decay), lr=optim.learning_rate, foreach=True
+    )
+    average = AveragedWeights(model, optim.ema_decay) if optim.ema_decay is not None else None
+    first_step = 0
+    if resume and (checkpoint := Checkpoint.latest(run / "checkpoints")):
+        averaged = checkpoint.restore(objective, optimizer)
+        first_step = checkpoint.step
+        if average is not None and averaged is not None:
+            average.state = {name: tensor.to(device) for name, tensor in averaged.items()}
+    if rank == 0:
+        forget_log_after(run / "metrics.jsonl", first_step)
+        (run / "environment.json").write_text(json.dumps(describe_environment(nuscenes.root), indent=2))
+
+    loader = make_training_loader(
+        dataset,
+        groups,
+        per_step=(optim.labelled_per_step, optim.unlabelled_per_step),
+        steps=optim.steps,
+        first_step=first_step,
+        accumulate=optim.accumulate,
+        rank=rank,
+        world_size=world_size,
+        workers=experiment.workers,
+        class_balanced=optim.class_balanced,
+    )
+    parallel = DistributedDataParallel(objective, broadcast_buffers=False) if world_size > 1 else objective
+    objective.train()
+    batches: Iterator[Batch] = iter(loader)
+    with StepLog(run, experiment, first_step, enabled=rank == 0, show=show_progress and rank == 0) as step_log:
+        for step in range(first_step, optim.steps):
+            factor = learning_rate_factor(optim.schedule, step, optim.steps)
+            for group in optimizer.param_groups:
+                group["lr"] = optim.learning_rate * factor
+
+            sums: dict[str, float] = {}
+            for part in range(optim.accumulate):
+                with step_log.waiting_for_data():
+                    batch = next(batches).to(device)
+                last = part == optim.accumulate - 1
+                with nullcontext() if last or world_size == 1 else parallel.no_sync():
+                    with autocast(optim.precision, device):
+                        losses = parallel(batch)
+                    total = torch.stack([loss.float() for loss in losses.values()]).sum()
+                    require_finite(losses, batch, step, run)
+                    if rank == 0 and last and is_due(step, log.gradient_norms_every):
+                        sums |= gradient_norms_of(objective)
+                    (total / optim.accumulate).backward()
+                for name, loss in {**losses, "loss": total}.items():
+                    sums[name] = sums.get(name, 0.0) + float(loss.detach()) / optim.accumulate
+
+            norm = nn.utils.clip_grad_norm_(objective.parameters(), optim.clip_norm or math.inf)
+            if not torch.isfinite(norm):
+                raise RunError(
+                    f"{run.name}: the gradient norm at step {step} is {float(norm)}, samples {batch.tokens}; "
+                    f"the last good checkpoint is kept; lower learning_rate ({optim.learning_rate}) or use fp32"
+                )
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if average is not None:
+                average.update(model, step)
+            step_log.record(step, {**sums, "gradient_norm": float(norm), "lr": optim.learning_rate * factor})
+
+            done = step + 1
+            if rank == 0 and (done % log.checkpoint_every == 0) and done < optim.steps:
+                state = average.state if average is not None else None
+                Checkpoint.save(
+                    run / "checkpoints", done, objective, optimizer, state, log.keep_checkpoints
+                )
+
+    if rank == 0:
+        save_weights(average.state if average is not None else model.state_dict(), weights)
+    if world_size > 1:
+        dist.barrier()
+    return weights
+
+
+def join_processes() -> tuple[int, int, torch.device]:
+    """(rank, number of processes, device) of this process; joins the others that `torchrun` started."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo")
+    return (dist.get_rank(), world_size, device) if world_size > 1 else (0, 1, device)
+
+
+def claim_run_folder(experiment: Experiment, run: Path, resume: bool, write: bool) -> None:
+    """Makes the folder this experiment's own; refuses one that holds something else.
+
+    Raises:
+        RunError: the folder holds another experiment, or the same one while `resume` is off.
+    """
+    path = run / "experiment.yaml"
+    if path.exists():
+        if read_config(path, Experiment) != experiment:
+            raise RunError(f"{run} holds another run (its experiment.yaml differs); choose another --out")
+        if not resume:
+            raise RunError(f"{run} holds this run already; let it resume, or choose another --out")
+    elif run.exists() and any(run.iterdir()):
+        raise RunError(f"{run} is not empty and holds no run (no experiment.yaml); choose another --out")
+    if write and not path.exists():
+        run.mkdir(parents=True, exist_ok=True)
+        write_config(experiment, path)
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weights with decay; biases and norm parameters (one axis) without."""
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """bf16 where it is asked for, or by itself on a GPU that has it; a CPU takes it only when asked."""
+    automatic = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    enabled = precision == "bf16" or (precision == "auto" and automatic)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def require_finite(losses: dict[str, Tensor], batch: Batch, step: int, run: Path) -> None:
+    """Raises RunError naming the first term that is not finite, and the samples it came from."""
+    for name, loss in losses.items():
+        if not torch.isfinite(loss):
+            raise RunError(
+                f"{run.name}: loss term {name!r} is {float(loss)} at step {step}, samples {batch.tokens}; "
+                "the last good checkpoint is kept; look at these samples with `distillbev inspect`"
+            )
+
+
+def gradient_norms_of(objective: nn.Module) -> dict[str, float]:
+    """Norm of each term's gradient at the student's BEV map, where a distiller can tell."""
+    if not isinstance(objective, Distiller):
+        return {}
+    return {f"gradient/{name}": norm for name, norm in objective.last_gradient_norms().items()}
+
+
+def is_due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def forget_log_after(path: Path, step: int) -> None:
+    """Drops log lines of steps that a resumed run will take again."""
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] < step]
+        path.write_text("".join(line + "\n" for line in lines))
+
+
+class StepLog:
+    """Writes `metrics.jsonl`, shows progress with the time left, and tells data time from step time."""
+
+    def __init__(self, run: Path, experiment: Experiment, first_step: int, enabled: bool, show: bool) -> None:
+        self.run, self.experiment, self.enabled = run, experiment, enabled
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            disable=not show,
+        )
+        self.task = self.progress.add_task(
+            experiment.name, total=experiment.optim.steps, completed=first_step, note=""
+        )
+        self.sums: dict[str, float] = {}
+        self.counts: dict[str, int] = {}
+        self.data_seconds = 0.0
+        self.steps = 0
+        self.since = time.perf_counter()
+
+    def __enter__(self) -> StepLog:
+        if self.enabled:
+            self.file = (self.run / "metrics.jsonl").open("a")
+            if self.experiment.log.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.writer = SummaryWriter(str(self.run / "tensorboard"))
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+        if self.enabled:
+            self.file.close()
+
+    def waiting_for_data(self) -> _Stopwatch:
+        return _Stopwatch(self)
+
+    def record(self, step: int, values: dict[str, float]) -> None:
+        """Averages the values of the steps since the last line, and writes one when it is due."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+            self.counts[name] = self.counts.get(name, 0) + 1
+        self.steps += 1
+        self.progress.update(self.task, completed=step + 1)
+        last = step + 1 == self.experiment.optim.steps
+        if not self.enabled or not (last or (step + 1) % self.experiment.log.log_every == 0):
+            return
+        now = time.perf_counter()
+        line: dict[str, float] = {name: self.sums[name] / self.counts[name] for name in self.sums}
+        line |= {
+            "seconds_per_step": (now - self.since) / self.steps,
+            "data_seconds_per_step": self.data_seconds / self.steps,
+        }
+        self.file.write(json.dumps({"step": step, **line}) + "\n")
+        self.file.flush()
+        if self.experiment.log.tensorboard:
+            for name, value in line.items():
+                self.writer.add_scalar(name, value, step)
+        note = f"loss {line['loss']:.3f}  {line['seconds_per_step']:.2f} s/step"
+        self.progress.update(self.task, note=f"{note} (data {line['data_seconds_per_step']:.2f})")
+        self.sums, self.counts, self.data_seconds, self.steps, self.since = {}, {}, 0.0, 0, now
+
+
+class _Stopwatch:
+    """Adds the time spent inside to the log's data time."""
+
+    def __init__(self, log: StepLog) -> None:
+        self.log = log
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.log.data_seconds += time.perf_counter() - self.start
