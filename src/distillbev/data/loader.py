@@ -1,0 +1,420 @@
+"""From frames to batches: deterministic loading and augmentation, and which frames each training step sees.
+
+A step's batch is a pure function of the seed and the step's number, whatever the workers, the ranks or the
+step from which a run was resumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ..boxes import Boxes3D
+from ..config import Config
+from ..errors import ConfigError, DataError, DistillBevError
+from ..geometry import invert_rigid
+from .augment import (
+    BevAugConfig,
+    ImageAugConfig,
+    ImageAugmentation,
+    augment_boxes,
+    augment_points,
+    plain_image_augmentation,
+)
+from .images import DecodedImage, load_image
+from .points import load_points
+from .samples import NuScenes
+from .schema import Annotations, Batch, CameraFrame, Sample
+
+
+class DataConfig(Config, frozen=True):
+    """What a detector is fed, and how training varies it (both augmentations are off outside training)."""
+
+    image_size_px: tuple[int, int] = (704, 256)  # width, height of the network's image
+    image_resize_offset: float = 0.0  # added to the scale that fits the width, where images are not augmented
+    image_aug: ImageAugConfig | None = None
+    bev_aug: BevAugConfig | None = None
+    cameras: tuple[str, ...] | None = None  # channels, in the order of the batch; None for all of the rig
+    num_sweeps: int = 0  # earlier LiDAR sweeps besides the key sweep
+    load_images: bool = True
+    load_points: bool = True
+    exact_jpeg: bool = False  # decode in full and resize as the reference does
+    remove_ego_radius_m: float = 1.0
+    min_points_in_box: int = 1  # LiDAR and radar returns together; boxes with fewer are no targets
+    max_box_distance_m: float | None = None  # from the LiDAR, along x or y; None for no limit
+
+    def __post_init__(self) -> None:
+        if min(self.image_size_px) < 1:
+            raise ConfigError(f"image_size_px={self.image_size_px}: width and height must be positive pixels")
+        if self.num_sweeps < 0:
+            raise ConfigError(
+                f"num_sweeps={self.num_sweeps}: 0 is the key sweep alone, more adds earlier ones"
+            )
+        if self.cameras is not None and (not self.cameras or len(set(self.cameras)) != len(self.cameras)):
+            raise ConfigError(
+                f"cameras={self.cameras}: name each channel once, or leave it out for all cameras"
+            )
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A sample to load, with or without its labels."""
+
+    token: str
+    labelled: bool = True
+
+
+class FrameDataset(Dataset[Batch]):
+    """Frames by (index, draw): the piece is a `Batch` of one sample, the same for the same seed and draw.
+
+    Args:
+        nuscenes: where the frames lie.
+        frames: which ones; labels of unlabelled frames are never read, their boxes are None.
+        config: what to load.
+        seed: of the augmentation.
+        train: False switches both augmentations off.
+        cache: keep images and points in memory once read (decoded images where they are augmented, network
+            images where not); the results are the same to the bit.
+    """
+
+    def __init__(
+        self,
+        nuscenes: NuScenes,
+        frames: Sequence[Frame],
+        config: DataConfig,
+        seed: int = 0,
+        train: bool = False,
+        cache: bool = False,
+    ) -> None:
+        self.nuscenes = nuscenes
+        self.frames = list(frames)
+        self.config = config if train else _without_augmentation(config)
+        self.seed = seed
+        self.cache = cache
+        self._samples: dict[int, Sample] = {}
+        self._images: dict[tuple[int, str], DecodedImage | NDArray[np.uint8]] = {}
+        self._points: dict[int, NDArray[np.float32]] = {}
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def __getitem__(self, frame_and_draw: tuple[int, int]) -> Batch:
+        index, draw = frame_and_draw
+        rng = np.random.default_rng([self.seed, draw])
+        config = self.config
+        sample = self._sample(index)
+        cameras = self._cameras(sample)
+        bev_aug = np.eye(4) if config.bev_aug is None else config.bev_aug.draw(rng).matrix
+        image_augs = [self._draw_image_aug(rng, camera) for camera in cameras]
+        global2lidar = invert_rigid(sample.lidar2global)
+
+        images = None
+        if config.load_images:
+            network_images = [
+                self._network_image(index, camera, image_aug)
+                for camera, image_aug in zip(cameras, image_augs, strict=True)
+            ]
+            images = torch.from_numpy(np.stack(network_images)).permute(0, 3, 1, 2).contiguous()[None]
+        points = None
+        if config.load_points:
+            points = [torch.from_numpy(augment_points(bev_aug, self._raw_points(index, sample)))]
+        cam2lidar = [bev_aug @ global2lidar @ camera.ego2global @ camera.cam2ego for camera in cameras]
+        cam2img = [
+            image_aug.matrix @ camera.cam2img for camera, image_aug in zip(cameras, image_augs, strict=True)
+        ]
+        return Batch(
+            tokens=[sample.token],
+            images=images,
+            cam2img=_matrices(cam2img)[None],
+            cam2lidar=_matrices(cam2lidar)[None],
+            image_aug=_matrices([image_aug.matrix for image_aug in image_augs])[None],
+            bev_aug=_matrices([bev_aug]),
+            lidar2global=torch.from_numpy(sample.lidar2global)[None],
+            points=points,
+            boxes=[self._target_boxes(sample.annotations, bev_aug)],
+        )
+
+    def fill_cache(self) -> None:
+        """Reads every frame now, so that workers started later share the memory."""
+        if self.cache:
+            for index in range(len(self)):
+                self[index, 0]
+
+    def _sample(self, index: int) -> Sample:
+        if index not in self._samples:
+            frame = self.frames[index]
+            self._samples[index] = self.nuscenes.sample(frame.token, self.config.num_sweeps, frame.labelled)
+        return self._samples[index]
+
+    def _cameras(self, sample: Sample) -> list[CameraFrame]:
+        if self.config.cameras is None:
+            return list(sample.cameras)
+        by_channel = {camera.channel: camera for camera in sample.cameras}
+        missing = [channel for channel in self.config.cameras if channel not in by_channel]
+        if missing:
+            raise DataError(
+                f"sample {sample.token}: no camera {', '.join(missing)}; "
+                f"the rig has {', '.join(by_channel) or 'none'}"
+            )
+        return [by_channel[channel] for channel in self.config.cameras]
+
+    def _draw_image_aug(self, rng: np.random.Generator, camera: CameraFrame) -> ImageAugmentation:
+        config = self.config
+        if min(camera.size_wh_px) < 1:
+            raise DataError(
+                f"{camera.path}: sample_data.json gives the size {camera.size_wh_px[0]}x{camera.size_wh_px[1]}; "
+                "write the image's width and height into the table"
+            )
+        if config.image_aug is None:
+            return plain_image_augmentation(
+                camera.size_wh_px, config.image_size_px, config.image_resize_offset
+            )
+        return config.image_aug.draw(rng, camera.size_wh_px, config.image_size_px)
+
+    def _network_image(
+        self, index: int, camera: CameraFrame, image_aug: ImageAugmentation
+    ) -> NDArray[np.uint8]:
+        config = self.config
+        key = (index, camera.channel)
+        kept = self._images.get(key)
+        if isinstance(kept, np.ndarray):
+            return kept
+        if kept is None:
+            # The largest scale that may be drawn, so that what is decoded does not depend on the draw.
+            largest_offset = (
+                config.image_aug.resize_range[1] if config.image_aug else config.image_resize_offset
+            )
+            scale = config.image_size_px[0] / camera.size_wh_px[0] + largest_offset
+            kept = load_image(camera, scale, config.exact_jpeg)
+        image = image_aug.apply(kept)
+        if self.cache:
+            self._images[key] = kept if config.image_aug else image
+        return image
+
+    def _raw_points(self, index: int, sample: Sample) -> NDArray[np.float32]:
+        if index in self._points:
+            return self._points[index]
+        points = load_points(sample, self.config.remove_ego_radius_m)
+        if self.cache:
+            self._points[index] = points
+        return points
+
+    def _target_boxes(self, annotations: Annotations | None, bev_aug: NDArray[np.float64]) -> Boxes3D | None:
+        if annotations is None:
+            return None
+        config = self.config
+        num_points = annotations.num_lidar_points + annotations.num_radar_points
+        keep = (annotations.labels >= 0) & (num_points >= config.min_points_in_box)
+        if config.max_box_distance_m is not None:
+            keep &= (np.abs(annotations.boxes[:, :2]) <= config.max_box_distance_m).all(axis=1)
+        boxes = augment_boxes(bev_aug, annotations.boxes[keep])
+        return Boxes3D(torch.from_numpy(boxes).float(), torch.from_numpy(annotations.labels[keep]))
+
+
+def collate(pieces: Sequence[Batch]) -> Batch:
+    """Several batches into one, in order.
+
+    Raises:
+        DataError: the samples do not have the same number of cameras.
+    """
+    first = pieces[0]
+    if len(pieces) == 1:
+        return first
+    for piece in pieces:
+        if piece.cam2img.shape[1] != first.cam2img.shape[1]:
+            raise DataError(
+                f"sample {first.tokens[0]} has {first.cam2img.shape[1]} cameras, sample {piece.tokens[0]} has "
+                f"{piece.cam2img.shape[1]}; a batch needs one rig: name the cameras that all samples have"
+            )
+    images = [piece.images for piece in pieces if piece.images is not None]
+    points = [cloud for piece in pieces if piece.points is not None for cloud in piece.points]
+    return Batch(
+        tokens=[token for piece in pieces for token in piece.tokens],
+        images=torch.cat(images) if images else None,
+        cam2img=torch.cat([piece.cam2img for piece in pieces]),
+        cam2lidar=torch.cat([piece.cam2lidar for piece in pieces]),
+        image_aug=torch.cat([piece.image_aug for piece in pieces]),
+        bev_aug=torch.cat([piece.bev_aug for piece in pieces]),
+        lidar2global=torch.cat([piece.lidar2global for piece in pieces]),
+        points=points if first.points is not None else None,
+        boxes=[boxes for piece in pieces for boxes in piece.boxes],
+    )
+
+
+@dataclass(frozen=True)
+class FrameGroup:
+    """Frames (indices into a dataset, repeats allowed) of which each step takes `per_step`."""
+
+    frames: Sequence[int]
+    per_step: int
+
+
+class TrainingBatches(Sampler[list[tuple[int, int]]]):
+    """The (frame, draw) pairs of each training step, as a pure function of seed and step.
+
+    Every group is shuffled anew for each pass over it. Ranks take every `world_size`-th piece of the step, so
+    that together they see what a single process would. Iterating gives the steps from `start_step` on.
+
+    Raises:
+        ConfigError: an empty group, or a batch that the ranks cannot share evenly.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[FrameGroup],
+        seed: int,
+        num_steps: int,
+        start_step: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.groups = [group for group in groups if group.per_step > 0]
+        for number, group in enumerate(self.groups):
+            if not group.frames:
+                raise ConfigError(f"group {number} is to give {group.per_step} frames a step, but has none")
+        self.batch_size = sum(group.per_step for group in self.groups)
+        if self.batch_size == 0 or self.batch_size % world_size:
+            raise ConfigError(
+                f"a step of {self.batch_size} frames cannot be shared evenly by {world_size} processes; "
+                "make the frames per step a multiple of the processes"
+            )
+        self.seed = seed
+        self.num_steps = num_steps
+        self.start_step = start_step
+        self.rank = rank
+        self.world_size = world_size
+        self._orders: dict[int, tuple[int, NDArray[np.int64]]] = {}  # group -> the pass in use and its order
+
+    def __len__(self) -> int:
+        return max(self.num_steps - self.start_step, 0)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in range(self.start_step, self.num_steps):
+            yield self.step(step)
+
+    def step(self, step: int) -> list[tuple[int, int]]:
+        """The pieces of this rank in one step."""
+        frames = [
+            self._frame(number, step * group.per_step + i)
+            for number, group in enumerate(self.groups)
+            for i in range(group.per_step)
+        ]
+        pieces = [(frame, step * self.batch_size + i) for i, frame in enumerate(frames)]
+        return pieces[self.rank :: self.world_size]
+
+    def _frame(self, number: int, position: int) -> int:
+        frames = self.groups[number].frames
+        this_pass, offset = divmod(position, len(frames))
+        if number not in self._orders or self._orders[number][0] != this_pass:
+            order = np.random.default_rng([self.seed, number, this_pass]).permutation(len(frames))
+            self._orders[number] = (this_pass, order)
+        return int(frames[self._orders[number][1][offset]])
+
+
+def batches_in_order(num_frames: int, batch_size: int) -> list[list[tuple[int, int]]]:
+    """Every frame once, in order; the last batch may be smaller."""
+    return [
+        [(index, index) for index in range(start, min(start + batch_size, num_frames))]
+        for start in range(0, num_frames, batch_size)
+    ]
+
+
+def balance_classes(labels_of_frames: Sequence[set[int]], seed: int) -> list[int]:
+    """Frame indices, repeated so that every class that occurs is drawn through equally many frames.
+
+    Source: class-balanced grouping and sampling (arXiv:1908.09492), section 3.1, in the form that the reference
+    uses: of the N frame-class pairs each of K classes gives N/K frames, drawn with replacement.
+    """
+    frames_of_class: dict[int, list[int]] = {}
+    for frame, labels in enumerate(labels_of_frames):
+        for label in labels:
+            frames_of_class.setdefault(label, []).append(frame)
+    if not frames_of_class:
+        raise DataError("no frame holds a box of any detection class; nothing to balance")
+    rng = np.random.default_rng(seed)
+    share = sum(map(len, frames_of_class.values())) / len(frames_of_class)
+    return [
+        int(frame)
+        for label in sorted(frames_of_class)
+        for frame in rng.choice(frames_of_class[label], max(int(share), 1))
+    ]
+
+
+class BatchLoader:
+    """Iterates over batches; errors of ours come out of the workers as they were raised there."""
+
+    def __init__(self, loader: DataLoader[Batch | DistillBevError], num_batches: int) -> None:
+        self._loader = loader
+        self._num_batches = num_batches
+
+    def __len__(self) -> int:
+        return self._num_batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        for item in self._loader:
+            if isinstance(item, DistillBevError):
+                raise item
+            yield item
+
+
+def make_loader(
+    dataset: FrameDataset,
+    batches: Sampler[list[tuple[int, int]]] | Sequence[list[tuple[int, int]]],
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> BatchLoader:
+    """A loader that gives the batches in the order asked for, whatever the number of workers."""
+    if num_workers > 0:
+        dataset.fill_cache()
+    loader = DataLoader(
+        cast(Dataset[Batch | DistillBevError], _ErrorsAsValues(dataset)),
+        batch_sampler=cast(Iterable[list[int]], batches),
+        num_workers=num_workers,
+        collate_fn=_collate_or_error,
+        pin_memory=pin_memory,
+        worker_init_fn=_limit_threads if num_workers else None,
+    )
+    return BatchLoader(loader, len(batches))  # pyright: ignore[reportArgumentType]
+
+
+class _ErrorsAsValues(Dataset["Batch | DistillBevError"]):
+    """torch rewrites exceptions that leave a worker; values pass unchanged."""
+
+    def __init__(self, dataset: FrameDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, frame_and_draw: tuple[int, int]) -> Batch | DistillBevError:
+        try:
+            return self.dataset[frame_and_draw]
+        except DistillBevError as error:
+            return error
+
+
+def _collate_or_error(pieces: list[Batch | DistillBevError]) -> Batch | DistillBevError:
+    for piece in pieces:
+        if isinstance(piece, DistillBevError):
+            return piece
+    try:
+        return collate(cast(list[Batch], pieces))
+    except DistillBevError as error:
+        return error
+
+
+def _limit_threads(_worker: int) -> None:
+    torch.set_num_threads(1)
+
+
+def _matrices(matrices: Sequence[NDArray[np.float64]]) -> Tensor:
+    return torch.from_numpy(np.array(matrices, dtype=np.float64).reshape(-1, 4, 4)).float()
+
+
+def _without_augmentation(config: DataConfig) -> DataConfig:
+    return msgspec.structs.replace(config, image_aug=None, bev_aug=None)

@@ -1,0 +1,90 @@
+"""LiDAR points: read, moved into the frame of the key sweep, counted in boxes."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import DataError
+from ..geometry import invert_rigid
+from .schema import LidarSweep, Sample
+
+POINT_BYTES = 20  # five float32: x, y, z, intensity, ring
+
+
+def load_points(sample: Sample, remove_ego_radius_m: float = 1.0) -> NDArray[np.float32]:
+    """All sweeps of a sample as one cloud in the LiDAR frame of the key frame.
+
+    Args:
+        sample: its sweeps are read, newest first; each moves with its own ego pose and the key frame's.
+        remove_ego_radius_m: points with |x| and |y| below it, in their own sweep's frame, hit the car itself.
+
+    Returns:
+        (P, 5) float32: x, y, z (m), intensity (0-255), time (s; 0 in the key sweep, negative earlier).
+
+    Raises:
+        DataError: a file is absent, is no whole number of points, or holds a value that is not finite.
+    """
+    if not sample.sweeps:
+        return np.zeros((0, 5), dtype=np.float32)
+    global2key = invert_rigid(sample.lidar2global)
+    clouds = []
+    for sweep in sample.sweeps:
+        points = read_sweep(sweep)
+        on_ego = (np.abs(points[:, 0]) < remove_ego_radius_m) & (np.abs(points[:, 1]) < remove_ego_radius_m)
+        points = points[~on_ego]
+        if sweep is not sample.sweeps[0]:
+            # Composed in float64 (global coordinates run to kilometres), applied in float32 (a short way).
+            sweep2key = (global2key @ sweep.ego2global @ sweep.lidar2ego).astype(np.float32)
+            points[:, :3] = points[:, :3] @ sweep2key[:3, :3].T + sweep2key[:3, 3]
+        points[:, 4] = (sweep.timestamp_us - sample.sweeps[0].timestamp_us) * 1e-6
+        clouds.append(points)
+    return np.concatenate(clouds)
+
+
+def read_sweep(sweep: LidarSweep) -> NDArray[np.float32]:
+    """(P, 5) float32 as on disk: x, y, z (m, the sweep's own LiDAR frame), intensity, ring."""
+    try:
+        content = sweep.path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(
+            f"{sweep.path}: no such LiDAR file, though the tables name it; copy it again"
+        ) from None
+    if not content or len(content) % POINT_BYTES:
+        raise DataError(
+            f"{sweep.path}: {len(content)} bytes, expected a multiple of {POINT_BYTES} above 0 "
+            "(float32 x, y, z, intensity, ring); the file is truncated, copy it again"
+        )
+    points = (
+        np.frombuffer(content, dtype="<f4").reshape(-1, 5).astype(np.float32)
+    )  # a copy that may be written
+    if not np.isfinite(points).all():
+        row = int(np.flatnonzero(~np.isfinite(points).all(axis=1))[0])
+        raise DataError(
+            f"{sweep.path} ({len(content)} bytes): point {row} of {len(points)} is {points[row].tolist()}; "
+            "expected finite numbers, copy the file again"
+        )
+    return points
+
+
+def count_points_in_boxes(
+    points: NDArray[np.floating], box2frame: NDArray[np.float64], size_lwh_m: NDArray[np.float64]
+) -> NDArray[np.int64]:
+    """How many points each box holds, faces included, boxes tilted as they are.
+
+    Args:
+        points: (P, >=3) metres.
+        box2frame: (n, 4, 4), box (origin at its centre, x along its length) -> the frame of the points.
+        size_lwh_m: (n, 3).
+
+    Returns:
+        (n,) counts, the same as the nuScenes devkit's `points_in_box` gives.
+    """
+    xyz = np.asarray(points[:, :3], dtype=np.float64)
+    counts = np.zeros(len(box2frame), dtype=np.int64)
+    half_diagonal = np.linalg.norm(size_lwh_m, axis=1) / 2
+    for i, (pose, size) in enumerate(zip(box2frame, size_lwh_m, strict=True)):
+        offset = xyz - pose[:3, 3]
+        near = offset[(np.abs(offset) <= half_diagonal[i]).all(axis=1)]
+        counts[i] = (np.abs(near @ pose[:3, :3]) <= size / 2).all(axis=1).sum()
+    return counts

@@ -1,0 +1,354 @@
+"""Key frames of a nuScenes folder: the tables joined into `Sample`, geometry checked and put into one frame."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..classes import CATEGORY_TO_CLASS, CLASSES
+from ..errors import DataError
+from ..geometry import invert_rigid, pose_matrix, quaternion_to_rotation, yaw_of_rotation
+from .schema import Annotations, CameraFrame, LidarSweep, Sample
+from .tables import (
+    AnnotationRow,
+    CalibratedSensorRow,
+    EgoPoseRow,
+    SampleDataRow,
+    SampleRow,
+    SensorRow,
+    Tables,
+    find_version_folder,
+)
+
+# The order of the reference implementations; cameras of other rigs follow by name.
+CAMERA_ORDER = (
+    "CAM_FRONT_LEFT",
+    "CAM_FRONT",
+    "CAM_FRONT_RIGHT",
+    "CAM_BACK_LEFT",
+    "CAM_BACK",
+    "CAM_BACK_RIGHT",
+)
+LIDAR_CHANNEL = "LIDAR_TOP"
+
+# The frame of a rig without LiDAR: where nuScenes' cars carry theirs, x right and y forward, so that a network
+# trained with a LiDAR sees the world from its usual height.
+NOMINAL_LIDAR2EGO = np.array(
+    [[0, 1, 0, 0.94], [-1, 0, 0, 0], [0, 0, 1, 1.84], [0, 0, 0, 1]], dtype=np.float64
+)
+
+# Longest time between two annotations of an instance that still gives a velocity; twice that where the
+# difference spans both neighbours. Source: nuScenes devkit, NuScenes.box_velocity.
+MAX_VELOCITY_GAP_S = 1.5
+
+
+class NuScenes:
+    """A nuScenes folder (the real one, a simulated world, one's own rig): tokens in, samples out.
+
+    Args:
+        root: the folder that holds `v1.0-*`, `samples` and `sweeps`.
+        version: name of the table folder; found by itself when there is exactly one `v1.0-*`.
+
+    Raises:
+        DataError: here or in any method, a table, link, token or value is absent or makes no sense.
+    """
+
+    def __init__(self, root: Path | str, version: str | None = None) -> None:
+        self.root = Path(root)
+        self.folder = find_version_folder(self.root, version)
+        self._tables = Tables(self.folder)
+        self._splits: dict[str, list[str]] | None = None
+        self._poses: dict[
+            str, NDArray[np.float64]
+        ] = {}  # of calibrated sensors: few, asked for again and again
+
+    @property
+    def version(self) -> str:
+        return self.folder.name
+
+    def splits(self) -> dict[str, list[str]]:
+        """Split name -> scene names: from `splits.json` in the root, else every scene under "all"."""
+        if self._splits is None:
+            path = self.root / "splits.json"
+            self._splits = self._read_splits(path) if path.exists() else {"all": self.scenes()}
+        return self._splits
+
+    def scenes(self) -> list[str]:
+        """The names of all scenes, in the order of the table."""
+        return [scene.name for scene in self._tables.scene]
+
+    def sample_tokens(self, split: str) -> list[str]:
+        """The key frames of a split, scene by scene, in the order of time."""
+        splits = self.splits()
+        if split not in splits:
+            raise DataError(f"{self.root}: no split {split!r}; there are {', '.join(sorted(splits))}")
+        scene_tokens = {scene.name: scene.token for scene in self._tables.scene}
+        by_scene = self._tables.samples_of_scene
+        return [token for name in splits[split] for token in by_scene[scene_tokens[name]]]
+
+    def sample(self, token: str, num_sweeps: int = 0, read_annotations: bool = True) -> Sample:
+        """One key frame.
+
+        Args:
+            token: of the sample.
+            num_sweeps: earlier LiDAR sweeps besides the key sweep; fewer where the scene has just begun.
+            read_annotations: False leaves the frame's annotation rows untouched and gives `annotations=None`.
+        """
+        row = self._sample_row(token)
+        scene = self._tables.scene.follow(row.scene_token, "sample", row, "scene_token")
+        cameras: list[CameraFrame] = []
+        lidars: dict[str, SampleDataRow] = {}
+        for data in self._key_data(token):
+            calibration, sensor = self._sensor_of(data)
+            if sensor.modality == "camera":
+                cameras.append(self._camera_frame(data, calibration, sensor))
+            elif sensor.modality == "lidar":
+                lidars[sensor.channel] = data
+        cameras.sort(key=lambda camera: (_camera_rank(camera.channel), camera.channel))
+        if not cameras and not lidars:
+            raise DataError(
+                f"sample_data.json: no key-frame recording of sample {token!r}; write the table again"
+            )
+
+        sweeps = (
+            self._sweeps(lidars.get(LIDAR_CHANNEL) or next(iter(lidars.values())), num_sweeps)
+            if lidars
+            else ()
+        )
+        if sweeps:
+            lidar2ego, ego2global = sweeps[0].lidar2ego, sweeps[0].ego2global
+        else:
+            lidar2ego = NOMINAL_LIDAR2EGO
+            ego2global = min(cameras, key=lambda camera: abs(camera.timestamp_us - row.timestamp)).ego2global
+        return Sample(
+            token=token,
+            scene=scene.name,
+            timestamp_us=row.timestamp,
+            lidar2ego=lidar2ego,
+            ego2global=ego2global,
+            cameras=tuple(cameras),
+            sweeps=sweeps,
+            annotations=self._annotations(token, ego2global @ lidar2ego) if read_annotations else None,
+            previous_token=row.prev or None,
+        )
+
+    def labels_in(self, token: str, min_points: int = 1) -> set[int]:
+        """The classes (indices into CLASSES) with an object that at least `min_points` sensor returns hit."""
+        found = set()
+        for row in self._annotation_rows(token):
+            label = _label_of(self._category_of(row))
+            if label >= 0 and row.num_lidar_pts + row.num_radar_pts >= min_points:
+                found.add(label)
+        return found
+
+    def annotation_poses(self, token: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """The annotated boxes of a key frame with their full rotation, tilt included.
+
+        Returns:
+            box2global: (n, 4, 4), origin at the gravity centre, x along the length.
+            size_lwh_m: (n, 3), in the order of `Sample.annotations`.
+        """
+        rows = self._annotation_rows(token)
+        for row in rows:
+            _check_box(row)
+        box2global = np.tile(np.eye(4), (len(rows), 1, 1))
+        if rows:
+            box2global[:, :3, :3] = quaternion_to_rotation(np.array([row.rotation for row in rows]))
+            box2global[:, :3, 3] = [row.translation for row in rows]
+        sizes_wlh = np.array([row.size for row in rows], dtype=np.float64).reshape(-1, 3)
+        return box2global, sizes_wlh[:, [1, 0, 2]]
+
+    def _read_splits(self, path: Path) -> dict[str, list[str]]:
+        try:
+            splits = json.loads(path.read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: not valid JSON: {error}; expected {{split: [scene names]}}") from None
+        if not isinstance(splits, dict) or not all(isinstance(names, list) for names in splits.values()):
+            raise DataError(f"{path}: expected {{split: [scene names]}}")
+        known = set(self.scenes())
+        for split, names in splits.items():
+            missing = [str(name) for name in names if name not in known]
+            if missing:
+                raise DataError(
+                    f"{path}: split {split!r} names {len(missing)} of {len(names)} scenes that "
+                    f"{self.version}/scene.json lacks, such as {missing[0]!r}; copy the whole folder or mend the list"
+                )
+        return splits
+
+    def _sample_row(self, token: str) -> SampleRow:
+        row = self._tables.sample.get(token)
+        if row is None:
+            raise DataError(
+                f"{self.folder / 'sample.json'}: no sample {token!r} among {len(self._tables.sample)}"
+            )
+        return row
+
+    def _key_data(self, sample_token: str) -> list[SampleDataRow]:
+        rows = (
+            self._tables.sample_data.get(token) for token in self._tables.key_data_of_sample[sample_token]
+        )
+        return [row for row in rows if row is not None]
+
+    def _sensor_of(self, data: SampleDataRow) -> tuple[CalibratedSensorRow, SensorRow]:
+        calibration = self._tables.calibrated_sensor.follow(
+            data.calibrated_sensor_token, "sample_data", data, "calibrated_sensor_token"
+        )
+        sensor = self._tables.sensor.follow(
+            calibration.sensor_token, "calibrated_sensor", calibration, "sensor_token"
+        )
+        return calibration, sensor
+
+    def _sensor2ego(self, calibration: CalibratedSensorRow) -> NDArray[np.float64]:
+        if calibration.token not in self._poses:
+            self._poses[calibration.token] = _pose("calibrated_sensor", calibration)
+        return self._poses[calibration.token]
+
+    def _ego2global(self, data: SampleDataRow) -> NDArray[np.float64]:
+        row = self._tables.ego_pose.follow(data.ego_pose_token, "sample_data", data, "ego_pose_token")
+        return _pose("ego_pose", row)
+
+    def _camera_frame(
+        self, data: SampleDataRow, calibration: CalibratedSensorRow, sensor: SensorRow
+    ) -> CameraFrame:
+        intrinsic = calibration.camera_intrinsic
+        if (
+            len(intrinsic) != 3
+            or any(len(line) != 3 for line in intrinsic)
+            or not np.isfinite(intrinsic).all()
+        ):
+            raise DataError(
+                f"calibrated_sensor.json, token {calibration.token!r} ({sensor.channel}): camera_intrinsic is "
+                f"{intrinsic}; a camera needs a finite 3x3 matrix"
+            )
+        cam2img = np.eye(4)
+        cam2img[:3, :3] = intrinsic
+        return CameraFrame(
+            channel=sensor.channel,
+            path=self.root / data.filename,
+            timestamp_us=data.timestamp,
+            size_wh_px=(data.width, data.height),
+            cam2img=cam2img,
+            cam2ego=self._sensor2ego(calibration),
+            ego2global=self._ego2global(data),
+        )
+
+    def _sweeps(self, key: SampleDataRow, num_sweeps: int) -> tuple[LidarSweep, ...]:
+        rows = [key]
+        while len(rows) <= num_sweeps and rows[-1].prev:
+            rows.append(self._tables.sample_data.follow(rows[-1].prev, "sample_data", rows[-1], "prev"))
+        return tuple(
+            LidarSweep(
+                path=self.root / row.filename,
+                timestamp_us=row.timestamp,
+                lidar2ego=self._sensor2ego(self._sensor_of(row)[0]),
+                ego2global=self._ego2global(row),
+            )
+            for row in rows
+        )
+
+    def _annotation_rows(self, sample_token: str) -> list[AnnotationRow]:
+        self._sample_row(sample_token)
+        rows = (
+            self._tables.sample_annotation.get(token)
+            for token in self._tables.annotations_of_sample[sample_token]
+        )
+        return [row for row in rows if row is not None]
+
+    def _annotations(self, token: str, lidar2global: NDArray[np.float64]) -> Annotations:
+        rows = self._annotation_rows(token)
+        box2global, size_lwh_m = self.annotation_poses(token)
+        global2lidar = invert_rigid(lidar2global)
+        box2lidar = global2lidar @ box2global
+        velocity = np.array([self._velocity_global(row) for row in rows]).reshape(-1, 2)
+
+        boxes = np.empty((len(rows), 9))
+        boxes[:, :3] = box2lidar[:, :3, 3]
+        boxes[:, 3:6] = size_lwh_m
+        boxes[:, 6] = yaw_of_rotation(box2lidar[:, :3, :3])
+        boxes[:, 7:9] = velocity @ global2lidar[:2, :2].T  # motion along z is dropped
+        categories = tuple(self._category_of(row) for row in rows)
+        return Annotations(
+            boxes=boxes,
+            labels=np.array([_label_of(category) for category in categories], dtype=np.int64),
+            categories=categories,
+            attributes=tuple(self._attribute_of(row) for row in rows),
+            instance_tokens=tuple(row.instance_token for row in rows),
+            num_lidar_points=np.array([row.num_lidar_pts for row in rows], dtype=np.int64),
+            num_radar_points=np.array([row.num_radar_pts for row in rows], dtype=np.int64),
+            visibility=np.array([_visibility_of(row) for row in rows], dtype=np.int64),
+        )
+
+    def _category_of(self, row: AnnotationRow) -> str:
+        instance = self._tables.instance.follow(
+            row.instance_token, "sample_annotation", row, "instance_token"
+        )
+        return self._tables.category.follow(
+            instance.category_token, "instance", instance, "category_token"
+        ).name
+
+    def _attribute_of(self, row: AnnotationRow) -> str:
+        if not row.attribute_tokens:
+            return ""
+        token = row.attribute_tokens[0]
+        return self._tables.attribute.follow(token, "sample_annotation", row, "attribute_tokens").name
+
+    def _velocity_global(self, row: AnnotationRow) -> tuple[float, float]:
+        """vx, vy (m/s, global frame) by the difference of the neighbouring annotations of the instance."""
+        if not row.prev and not row.next:
+            return math.nan, math.nan
+        annotations = self._tables.sample_annotation
+        first = annotations.follow(row.prev, "sample_annotation", row, "prev") if row.prev else row
+        last = annotations.follow(row.next, "sample_annotation", row, "next") if row.next else row
+        seconds = 1e-6 * (self._time_us(last) - self._time_us(first))
+        longest = MAX_VELOCITY_GAP_S * (2 if row.prev and row.next else 1)
+        if not 0 < seconds <= longest:
+            return math.nan, math.nan
+        return (
+            (last.translation[0] - first.translation[0]) / seconds,
+            (last.translation[1] - first.translation[1]) / seconds,
+        )
+
+    def _time_us(self, row: AnnotationRow) -> int:
+        return self._tables.sample.follow(
+            row.sample_token, "sample_annotation", row, "sample_token"
+        ).timestamp
+
+
+def _camera_rank(channel: str) -> int:
+    return CAMERA_ORDER.index(channel) if channel in CAMERA_ORDER else len(CAMERA_ORDER)
+
+
+def _label_of(category: str) -> int:
+    name = CATEGORY_TO_CLASS.get(category)
+    return -1 if name is None else CLASSES.index(name)
+
+
+def _visibility_of(row: AnnotationRow) -> int:
+    """1 (0-40 % visible) to 4 (80-100 %), 0 where unknown; the tokens of the table are these very digits."""
+    return int(row.visibility_token) if row.visibility_token in {"1", "2", "3", "4"} else 0
+
+
+def _pose(table: str, row: EgoPoseRow | CalibratedSensorRow) -> NDArray[np.float64]:
+    norm = math.sqrt(sum(value * value for value in row.rotation))
+    if not (all(map(math.isfinite, row.translation)) and abs(norm - 1) < 1e-3):
+        raise DataError(
+            f"{table}.json, token {row.token!r}: translation {row.translation}, rotation {row.rotation}; "
+            "expected finite metres and a unit quaternion (w, x, y, z)"
+        )
+    quaternion = np.array(row.rotation) / norm
+    return pose_matrix(np.array(row.translation), quaternion_to_rotation(quaternion))
+
+
+def _check_box(row: AnnotationRow) -> None:
+    finite = all(map(math.isfinite, (*row.translation, *row.size, *row.rotation)))
+    norm = math.sqrt(sum(value * value for value in row.rotation))
+    if not finite or min(row.size) <= 0 or abs(norm - 1) > 1e-3:
+        raise DataError(
+            f"sample_annotation.json, token {row.token!r}: translation {row.translation}, size {row.size}, "
+            f"rotation {row.rotation}; expected finite metres, a size above zero and a unit quaternion; "
+            "mend or delete the row"
+        )

@@ -1,0 +1,267 @@
+"""The JSON tables of a nuScenes folder: typed rows by token, and links that name what is broken.
+
+Source: the nuScenes database schema. Every table is read when it is first asked for, and its rows are looked up
+by token; `samples.py` makes frames of them. Nothing outside the data layer sees a row.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import msgspec
+
+from ..errors import DataError
+
+Vector = tuple[float, float, float]
+Quaternion = tuple[float, float, float, float]
+
+
+class Row(msgspec.Struct, frozen=True, gc=False):
+    """A row of any table; fields that are not used here are skipped when reading."""
+
+    token: str
+
+
+class SceneRow(Row, frozen=True, gc=False):
+    name: str
+
+
+class SampleRow(Row, frozen=True, gc=False):
+    timestamp: int
+    scene_token: str
+    prev: str
+    next: str
+
+
+class SampleDataRow(Row, frozen=True, gc=False):
+    sample_token: str
+    ego_pose_token: str
+    calibrated_sensor_token: str
+    timestamp: int
+    is_key_frame: bool
+    filename: str
+    prev: str
+    width: int = 0
+    height: int = 0
+
+
+class EgoPoseRow(Row, frozen=True, gc=False):
+    translation: Vector
+    rotation: Quaternion
+
+
+class CalibratedSensorRow(Row, frozen=True, gc=False):
+    sensor_token: str
+    translation: Vector
+    rotation: Quaternion
+    camera_intrinsic: list[list[float]] = []
+
+
+class SensorRow(Row, frozen=True, gc=False):
+    channel: str
+    modality: str
+
+
+class AnnotationRow(Row, frozen=True, gc=False):
+    sample_token: str
+    instance_token: str
+    visibility_token: str
+    attribute_tokens: list[str]
+    translation: Vector
+    size: Vector  # width, length, height
+    rotation: Quaternion
+    prev: str
+    next: str
+    num_lidar_pts: int
+    num_radar_pts: int
+
+
+class InstanceRow(Row, frozen=True, gc=False):
+    category_token: str
+
+
+class NamedRow(Row, frozen=True, gc=False):
+    """A category or an attribute."""
+
+    name: str
+
+
+RowT = TypeVar("RowT", bound=Row)
+
+
+class Table(Generic[RowT]):
+    """One table: rows by token, in the order of the file."""
+
+    def __init__(self, path: Path, row_type: type[RowT]) -> None:
+        self.name = path.stem
+        self._rows = {row.token: row for row in _read_rows(path, row_type)}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[RowT]:
+        return iter(self._rows.values())
+
+    def __contains__(self, token: str) -> bool:
+        return token in self._rows
+
+    def get(self, token: str) -> RowT | None:
+        return self._rows.get(token)
+
+    def follow(self, token: str, table: str, row: Row, field: str) -> RowT:
+        """The row that `field` of `row` in `table` points to.
+
+        Raises:
+            DataError: there is none; names the table, token and field of the broken link.
+        """
+        found = self._rows.get(token)
+        if found is None:
+            raise DataError(
+                f"{table}.json, token {row.token!r}: {field} {token!r} is not in {self.name}.json "
+                f"({len(self)} rows); the tables do not belong together, copy or write them again"
+            )
+        return found
+
+
+class Tables:
+    """The tables of one version folder, each read when it is first asked for.
+
+    Raises (when a table is asked for):
+        DataError: a table is absent, is no JSON, or holds a row that lacks a field.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def _table(self, name: str, row_type: type[RowT]) -> Table[RowT]:
+        return Table(self.folder / f"{name}.json", row_type)
+
+    @cached_property
+    def scene(self) -> Table[SceneRow]:
+        return self._table("scene", SceneRow)
+
+    @cached_property
+    def sample(self) -> Table[SampleRow]:
+        return self._table("sample", SampleRow)
+
+    @cached_property
+    def sample_data(self) -> Table[SampleDataRow]:
+        return self._table("sample_data", SampleDataRow)
+
+    @cached_property
+    def ego_pose(self) -> Table[EgoPoseRow]:
+        return self._table("ego_pose", EgoPoseRow)
+
+    @cached_property
+    def calibrated_sensor(self) -> Table[CalibratedSensorRow]:
+        return self._table("calibrated_sensor", CalibratedSensorRow)
+
+    @cached_property
+    def sensor(self) -> Table[SensorRow]:
+        return self._table("sensor", SensorRow)
+
+    @cached_property
+    def sample_annotation(self) -> Table[AnnotationRow]:
+        return self._table("sample_annotation", AnnotationRow)
+
+    @cached_property
+    def instance(self) -> Table[InstanceRow]:
+        return self._table("instance", InstanceRow)
+
+    @cached_property
+    def category(self) -> Table[NamedRow]:
+        return self._table("category", NamedRow)
+
+    @cached_property
+    def attribute(self) -> Table[NamedRow]:
+        return self._table("attribute", NamedRow)
+
+    @cached_property
+    def samples_of_scene(self) -> dict[str, list[str]]:
+        """Scene token -> its sample tokens in the order of time."""
+        found: dict[str, list[SampleRow]] = {scene.token: [] for scene in self.scene}
+        for row in self.sample:
+            self.scene.follow(row.scene_token, "sample", row, "scene_token")
+            found[row.scene_token].append(row)
+        return {
+            scene: [row.token for row in sorted(rows, key=lambda row: row.timestamp)]
+            for scene, rows in found.items()
+        }
+
+    @cached_property
+    def key_data_of_sample(self) -> dict[str, list[str]]:
+        """Sample token -> tokens of the sensor recordings that belong to the key frame itself."""
+        found: dict[str, list[str]] = {sample.token: [] for sample in self.sample}
+        for row in self.sample_data:
+            if row.is_key_frame:
+                self.sample.follow(row.sample_token, "sample_data", row, "sample_token")
+                found[row.sample_token].append(row.token)
+        return found
+
+    @cached_property
+    def annotations_of_sample(self) -> dict[str, list[str]]:
+        """Sample token -> its annotation tokens."""
+        found: dict[str, list[str]] = {sample.token: [] for sample in self.sample}
+        for row in self.sample_annotation:
+            self.sample.follow(row.sample_token, "sample_annotation", row, "sample_token")
+            found[row.sample_token].append(row.token)
+        return found
+
+
+def find_version_folder(root: Path, version: str | None) -> Path:
+    """The folder of tables below `root`: the named version, or the only `v1.0-*` that is there.
+
+    Raises:
+        DataError: no such folder, or none or several to choose from; lists those found.
+    """
+    if not root.is_dir():
+        raise DataError(
+            f"{root}: no such folder; expected a nuScenes folder with v1.0-*/, samples/ and sweeps/"
+        )
+    found = sorted(path.name for path in root.glob("v1.0-*") if path.is_dir())
+    listing = f"found {', '.join(found)}" if found else "found no v1.0-* folder"
+    if version is not None:
+        if version in found or (root / version).is_dir():
+            return root / version
+        raise DataError(f"{root}: no version folder {version!r}; {listing}")
+    if len(found) != 1:
+        mend = "name one as the version" if found else "expected a nuScenes folder; check the path"
+        raise DataError(f"{root}: expected exactly one v1.0-* folder, {listing}; {mend}")
+    return root / found[0]
+
+
+def _read_rows(path: Path, row_type: type[RowT]) -> list[RowT]:
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(
+            f"{path}: no such table; a nuScenes version folder holds {path.name}, copy it or write it again"
+        ) from None
+    try:
+        return msgspec.json.decode(content, type=list[row_type])
+    except msgspec.DecodeError:
+        return _read_rows_slowly(path, content, row_type)
+
+
+def _read_rows_slowly(path: Path, content: bytes, row_type: type[RowT]) -> list[RowT]:
+    """Row by row, so that the error can name the row; takes the NaN that Python's json module writes."""
+    try:
+        raw_rows = json.loads(content)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{path} ({len(content)} bytes): not a JSON table: {error}; copy or write it again"
+        ) from None
+    if not isinstance(raw_rows, list):
+        raise DataError(f"{path}: expected a list of rows, found {type(raw_rows).__name__}")
+    rows = []
+    for number, raw_row in enumerate(raw_rows):
+        try:
+            rows.append(msgspec.convert(raw_row, row_type))
+        except msgspec.ValidationError as error:
+            token = raw_row.get("token") if isinstance(raw_row, dict) else None
+            raise DataError(f"{path}, row {number}, token {token!r}: {error}") from None
+    return rows
