@@ -1,7 +1,7 @@
 """Augmentation of images and of the bird's-eye view: draw, matrix, and the application of that very matrix.
 
-Pixel coordinates are continuous (data/images.py). Drawn values are numbers in a small frozen dataclass, its
-`matrix` is what the batch carries, and its application to pixels, points and boxes follows that matrix exactly.
+Pixel coordinates are continuous (data/images.py). What was drawn stands in a small frozen dataclass; its
+`matrix` is what the batch carries, and pixels, points and boxes are moved by that very matrix.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from .images import DecodedImage
 
 
 class ImageAugConfig(Config, frozen=True):
-    """What each camera draws for itself in training. Source: METHOD of BEVDet (arXiv:2112.11790), section 3.2.
+    """What each camera draws for itself in training; the defaults are those of the published students.
 
-    The scale is network width / source width + U(resize_range); the crop has a free left edge and keeps the
-    bottom of the image, less a share U(crop_bottom_range) of its height; the rotation is counter-clockwise.
+    Source: BEVDet (arXiv:2112.11790), section 3.2. The scale is network width / source width +
+    U(resize_range); the crop has a free left edge and keeps the bottom of the image, less a share
+    U(crop_bottom_range) of its height; the rotation is counter-clockwise.
     """
 
     resize_range: tuple[float, float] = (-0.06, 0.11)
@@ -55,8 +56,8 @@ class ImageAugConfig(Config, frozen=True):
 class ImageAugmentation:
     """Resize by `scale`, crop `size_wh_px` at (left, top), mirror left to right, rotate about the centre.
 
-    The crop may reach over the resized image; what lies outside is black. The rotation is counter-clockwise as
-    seen on the screen.
+    The crop may reach over the resized image; what lies outside is black. The rotation is counter-clockwise
+    as seen on the screen.
     """
 
     scale: float
@@ -181,7 +182,7 @@ class BevAugmentation:
 
 
 def augment_boxes(bev_aug: NDArray[np.float64], boxes: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Boxes (n, 9) as BOX_FIELDS through a (4, 4) `BevAugmentation.matrix`: everything moves, NaN stays NaN."""
+    """Boxes (n, 9) as BOX_FIELDS through a (4, 4) `BevAugmentation.matrix`; NaN stays NaN."""
     boxes = np.array(boxes, dtype=np.float64)
     scale = np.linalg.norm(bev_aug[:3, 0])
     boxes[:, :3] = transform_points(bev_aug, boxes[:, :3])
@@ -214,5 +215,5 @@ def _check_scale(scale: float, source_wh_px: tuple[int, int], target_wh_px: tupl
     if scale <= 0:
         raise ConfigError(
             f"images of {source_wh_px[0]}x{source_wh_px[1]} would be scaled by {scale:.3f} to fit "
-            f"{target_wh_px[0]}x{target_wh_px[1]}; choose a resize range above -{target_wh_px[0]}/{source_wh_px[0]}"
+            f"{target_wh_px[0]}x{target_wh_px[1]}; choose a resize above -{target_wh_px[0]}/{source_wh_px[0]}"
         )

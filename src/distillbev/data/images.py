@@ -28,8 +28,8 @@ def load_image(camera: CameraFrame, scale: float | None = None, exact: bool = Fa
 
     Args:
         camera: what to read.
-        scale: network pixels per source pixel, the largest that will be asked of this image; lets JPEG decoding
-            skip resolution that a resize would throw away. None for full size.
+        scale: network pixels per source pixel, the largest that will be asked of this image; lets JPEG
+            decoding skip resolution that a resize would throw away. None for full size.
         exact: decode in full all the same (and resize as the reference does): slower, other pixel values.
 
     Raises:
@@ -52,7 +52,7 @@ def load_image(camera: CameraFrame, scale: float | None = None, exact: bool = Fa
     if size_wh_px != camera.size_wh_px:
         raise DataError(
             f"{camera.path}: the image is {size_wh_px[0]}x{size_wh_px[1]} pixels, sample_data.json says "
-            f"{camera.size_wh_px[0]}x{camera.size_wh_px[1]}; the intrinsics belong to the latter: mend the table or "
-            "restore the original image"
+            f"{camera.size_wh_px[0]}x{camera.size_wh_px[1]}; the intrinsics belong to the latter: mend the "
+            "table or restore the original image"
         )
     return DecodedImage(image, reduction=round(size_wh_px[0] / image.size[0]), exact=exact)

@@ -72,6 +72,23 @@ class Frame:
     labelled: bool = True
 
 
+def frames_of_tokens(tokens: Iterable[str], labelled: bool = False) -> list[Frame]:
+    """Frames to detect in; their labels are not read unless asked for."""
+    return [Frame(token, labelled) for token in tokens]
+
+
+def frames_of_splits(
+    nuscenes: NuScenes, labelled_splits: Sequence[str], unlabelled_splits: Sequence[str] = ()
+) -> tuple[list[Frame], tuple[list[int], list[int]]]:
+    """The frames of several splits, and the indices of the labelled and of the unlabelled ones among them."""
+    labelled = [Frame(token) for split in labelled_splits for token in nuscenes.sample_tokens(split)]
+    unlabelled = [
+        Frame(token, labelled=False) for split in unlabelled_splits for token in nuscenes.sample_tokens(split)
+    ]
+    indices = list(range(len(labelled) + len(unlabelled)))
+    return labelled + unlabelled, (indices[: len(labelled)], indices[len(labelled) :])
+
+
 class FrameDataset(Dataset[Batch]):
     """Frames by (index, draw): the piece is a `Batch` of one sample, the same for the same seed and draw.
 
@@ -168,15 +185,15 @@ class FrameDataset(Dataset[Batch]):
 
     def _draw_image_aug(self, rng: np.random.Generator, camera: CameraFrame) -> ImageAugmentation:
         config = self.config
-        if min(camera.size_wh_px) < 1:
+        width, height = camera.size_wh_px
+        if width < 1 or height < 1:
             raise DataError(
-                f"{camera.path}: sample_data.json gives the size {camera.size_wh_px[0]}x{camera.size_wh_px[1]}; "
+                f"{camera.path}: sample_data.json gives the size {width}x{height}; "
                 "write the image's width and height into the table"
             )
         if config.image_aug is None:
-            return plain_image_augmentation(
-                camera.size_wh_px, config.image_size_px, config.image_resize_offset
-            )
+            offset = config.image_resize_offset
+            return plain_image_augmentation(camera.size_wh_px, config.image_size_px, offset)
         return config.image_aug.draw(rng, camera.size_wh_px, config.image_size_px)
 
     def _network_image(
@@ -231,8 +248,8 @@ def collate(pieces: Sequence[Batch]) -> Batch:
     for piece in pieces:
         if piece.cam2img.shape[1] != first.cam2img.shape[1]:
             raise DataError(
-                f"sample {first.tokens[0]} has {first.cam2img.shape[1]} cameras, sample {piece.tokens[0]} has "
-                f"{piece.cam2img.shape[1]}; a batch needs one rig: name the cameras that all samples have"
+                f"sample {first.tokens[0]} has {first.cam2img.shape[1]} cameras, sample {piece.tokens[0]} "
+                f"has {piece.cam2img.shape[1]}; a batch needs one rig: name the cameras that all samples have"
             )
     images = [piece.images for piece in pieces if piece.images is not None]
     points = [cloud for piece in pieces if piece.points is not None for cloud in piece.points]
@@ -260,55 +277,62 @@ class FrameGroup:
 class TrainingBatches(Sampler[list[tuple[int, int]]]):
     """The (frame, draw) pairs of each training step, as a pure function of seed and step.
 
-    Every group is shuffled anew for each pass over it. Ranks take every `world_size`-th piece of the step, so
-    that together they see what a single process would. Iterating gives the steps from `start_step` on.
+    Every group is shuffled anew for each pass over it. A step's samples are dealt out, one after the other,
+    to the processes and to the parts of the step that each of them accumulates: together they see what a
+    single process would see at once. Iterating gives the parts of the steps from `first_step` on.
 
     Raises:
-        ConfigError: an empty group, or a batch that the ranks cannot share evenly.
+        ConfigError: an empty group, or a batch that cannot be shared evenly.
     """
 
     def __init__(
         self,
         groups: Sequence[FrameGroup],
         seed: int,
-        num_steps: int,
-        start_step: int = 0,
+        steps: int,
+        first_step: int = 0,
+        accumulate: int = 1,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         self.groups = [group for group in groups if group.per_step > 0]
-        for number, group in enumerate(self.groups):
+        for group in self.groups:
             if not group.frames:
-                raise ConfigError(f"group {number} is to give {group.per_step} frames a step, but has none")
+                raise ConfigError(
+                    f"a step takes {group.per_step} frames of a group that has none; check the splits"
+                )
         self.batch_size = sum(group.per_step for group in self.groups)
-        if self.batch_size == 0 or self.batch_size % world_size:
+        shares = accumulate * world_size
+        if self.batch_size == 0 or self.batch_size % shares:
             raise ConfigError(
-                f"a step of {self.batch_size} frames cannot be shared evenly by {world_size} processes; "
-                "make the frames per step a multiple of the processes"
+                f"a step of {self.batch_size} frames cannot be shared evenly by {world_size} processes in "
+                f"{accumulate} parts each; make the frames per step a multiple of {shares}"
             )
         self.seed = seed
-        self.num_steps = num_steps
-        self.start_step = start_step
+        self.steps = steps
+        self.first_step = first_step
+        self.accumulate = accumulate
         self.rank = rank
         self.world_size = world_size
         self._orders: dict[int, tuple[int, NDArray[np.int64]]] = {}  # group -> the pass in use and its order
 
     def __len__(self) -> int:
-        return max(self.num_steps - self.start_step, 0)
+        return max(self.steps - self.first_step, 0) * self.accumulate
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for step in range(self.start_step, self.num_steps):
-            yield self.step(step)
+        for step in range(self.first_step, self.steps):
+            for part in range(self.accumulate):
+                yield self.part(step, part)
 
-    def step(self, step: int) -> list[tuple[int, int]]:
-        """The pieces of this rank in one step."""
+    def part(self, step: int, part: int = 0) -> list[tuple[int, int]]:
+        """What this process loads for one part of one step."""
         frames = [
             self._frame(number, step * group.per_step + i)
             for number, group in enumerate(self.groups)
             for i in range(group.per_step)
         ]
         pieces = [(frame, step * self.batch_size + i) for i, frame in enumerate(frames)]
-        return pieces[self.rank :: self.world_size]
+        return pieces[part * self.world_size + self.rank :: self.accumulate * self.world_size]
 
     def _frame(self, number: int, position: int) -> int:
         frames = self.groups[number].frames
@@ -330,8 +354,8 @@ def batches_in_order(num_frames: int, batch_size: int) -> list[list[tuple[int, i
 def balance_classes(labels_of_frames: Sequence[set[int]], seed: int) -> list[int]:
     """Frame indices, repeated so that every class that occurs is drawn through equally many frames.
 
-    Source: class-balanced grouping and sampling (arXiv:1908.09492), section 3.1, in the form that the reference
-    uses: of the N frame-class pairs each of K classes gives N/K frames, drawn with replacement.
+    Source: class-balanced grouping and sampling (arXiv:1908.09492), section 3.1, in the form that the
+    reference uses: of the N frame-class pairs each of K classes gives N/K frames, drawn with replacement.
     """
     frames_of_class: dict[int, list[int]] = {}
     for frame, labels in enumerate(labels_of_frames):
@@ -366,23 +390,62 @@ class BatchLoader:
 
 
 def make_loader(
-    dataset: FrameDataset,
-    batches: Sampler[list[tuple[int, int]]] | Sequence[list[tuple[int, int]]],
-    num_workers: int = 0,
-    pin_memory: bool = False,
+    dataset: FrameDataset, batches: TrainingBatches | list[list[tuple[int, int]]], workers: int = 0
 ) -> BatchLoader:
-    """A loader that gives the batches in the order asked for, whatever the number of workers."""
-    if num_workers > 0:
+    """A loader that gives the batches in the order asked for, whatever the number of worker processes."""
+    if workers > 0:
         dataset.fill_cache()
     loader = DataLoader(
         cast(Dataset[Batch | DistillBevError], _ErrorsAsValues(dataset)),
-        batch_sampler=cast(Iterable[list[int]], batches),
-        num_workers=num_workers,
+        batch_sampler=cast(Iterable[list[int]], batches),  # torch's types know plain indices only
+        num_workers=workers,
         collate_fn=_collate_or_error,
-        pin_memory=pin_memory,
-        worker_init_fn=_limit_threads if num_workers else None,
+        worker_init_fn=_limit_threads if workers else None,
     )
-    return BatchLoader(loader, len(batches))  # pyright: ignore[reportArgumentType]
+    return BatchLoader(loader, len(batches))
+
+
+def make_training_loader(
+    dataset: FrameDataset,
+    groups: tuple[list[int], list[int]],
+    per_step: tuple[int, int],
+    steps: int,
+    first_step: int = 0,
+    accumulate: int = 1,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+    class_balanced: bool = False,
+) -> BatchLoader:
+    """The batches of a training run: `accumulate` of them for each step from `first_step` on.
+
+    Args:
+        dataset: its seed also orders the frames.
+        groups: labelled and unlabelled frames, as `frames_of_splits` gives them.
+        per_step: labelled and unlabelled samples of one step, over all processes and parts.
+        class_balanced: repeat labelled frames so that every class is seen in equally many.
+    """
+    labelled, unlabelled = groups
+    if class_balanced:
+        tokens = [dataset.frames[index].token for index in labelled]
+        min_points = dataset.config.min_points_in_box
+        labels = [dataset.nuscenes.labels_in(token, min_points) for token in tokens]
+        labelled = [labelled[index] for index in balance_classes(labels, dataset.seed)]
+    batches = TrainingBatches(
+        [FrameGroup(labelled, per_step[0]), FrameGroup(unlabelled, per_step[1])],
+        dataset.seed,
+        steps,
+        first_step,
+        accumulate,
+        rank,
+        world_size,
+    )
+    return make_loader(dataset, batches, workers)
+
+
+def make_inference_loader(dataset: FrameDataset, batch_size: int, workers: int = 0) -> BatchLoader:
+    """Every frame once, in order."""
+    return make_loader(dataset, batches_in_order(len(dataset), batch_size), workers)
 
 
 class _ErrorsAsValues(Dataset["Batch | DistillBevError"]):

@@ -1,4 +1,4 @@
-"""Key frames of a nuScenes folder: the tables joined into `Sample`, geometry checked and put into one frame."""
+"""Key frames of a nuScenes folder: the tables joined into `Sample`, checked and put into one frame."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ CAMERA_ORDER = (
 )
 LIDAR_CHANNEL = "LIDAR_TOP"
 
-# The frame of a rig without LiDAR: where nuScenes' cars carry theirs, x right and y forward, so that a network
-# trained with a LiDAR sees the world from its usual height.
+# The frame of a rig without LiDAR: where nuScenes' cars carry theirs, x right and y forward, so that a
+# network trained with a LiDAR sees the world from its usual height.
 NOMINAL_LIDAR2EGO = np.array(
     [[0, 1, 0, 0.94], [-1, 0, 0, 0], [0, 0, 1, 1.84], [0, 0, 0, 1]], dtype=np.float64
 )
@@ -81,14 +81,18 @@ class NuScenes:
         """The names of all scenes, in the order of the table."""
         return [scene.name for scene in self._tables.scene]
 
-    def sample_tokens(self, split: str) -> list[str]:
-        """The key frames of a split, scene by scene, in the order of time."""
-        splits = self.splits()
-        if split not in splits:
-            raise DataError(f"{self.root}: no split {split!r}; there are {', '.join(sorted(splits))}")
+    def sample_tokens(self, split: str | None = None) -> list[str]:
+        """The key frames of a split (of all scenes where None), scene by scene, in the order of time."""
+        if split is None:
+            scenes = self.scenes()
+        else:
+            splits = self.splits()
+            if split not in splits:
+                raise DataError(f"{self.root}: no split {split!r}; there are {', '.join(sorted(splits))}")
+            scenes = splits[split]
         scene_tokens = {scene.name: scene.token for scene in self._tables.scene}
         by_scene = self._tables.samples_of_scene
-        return [token for name in splits[split] for token in by_scene[scene_tokens[name]]]
+        return [token for name in scenes for token in by_scene[scene_tokens[name]]]
 
     def sample(self, token: str, num_sweeps: int = 0, read_annotations: bool = True) -> Sample:
         """One key frame.
@@ -174,8 +178,8 @@ class NuScenes:
             missing = [str(name) for name in names if name not in known]
             if missing:
                 raise DataError(
-                    f"{path}: split {split!r} names {len(missing)} of {len(names)} scenes that "
-                    f"{self.version}/scene.json lacks, such as {missing[0]!r}; copy the whole folder or mend the list"
+                    f"{path}: split {split!r} names {len(missing)} of {len(names)} scenes "
+                    f"that {self.version}/scene.json lacks, such as {missing[0]!r}; mend either"
                 )
         return splits
 
@@ -221,8 +225,8 @@ class NuScenes:
             or not np.isfinite(intrinsic).all()
         ):
             raise DataError(
-                f"calibrated_sensor.json, token {calibration.token!r} ({sensor.channel}): camera_intrinsic is "
-                f"{intrinsic}; a camera needs a finite 3x3 matrix"
+                f"calibrated_sensor.json, token {calibration.token!r} ({sensor.channel}): camera_intrinsic "
+                f"is {intrinsic}; a camera needs a finite 3x3 matrix"
             )
         cam2img = np.eye(4)
         cam2img[:3, :3] = intrinsic

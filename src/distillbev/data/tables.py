@@ -1,7 +1,7 @@
 """The JSON tables of a nuScenes folder: typed rows by token, and links that name what is broken.
 
-Source: the nuScenes database schema. Every table is read when it is first asked for, and its rows are looked up
-by token; `samples.py` makes frames of them. Nothing outside the data layer sees a row.
+Source: the nuScenes database schema. Every table is read when it is first asked for, and its rows are looked
+up by token; `samples.py` makes frames of them. Nothing outside the data layer sees a row.
 """
 
 from __future__ import annotations
