@@ -6,6 +6,7 @@ from ..config import Config
 from ..data.loader import DataConfig
 from ..distill.distiller import DistillConfig
 from ..errors import ConfigError
+from ..evaluation.metrics import DetectionEvalConfig
 from ..models.bevdet import BevDetConfig
 from ..models.centerpoint import CenterPointConfig
 from .schedule import ScheduleConfig
@@ -36,6 +37,8 @@ class OptimConfig(Config, frozen=True):
                 raise ConfigError(f"{name}={getattr(self, name)}; choose 1 or more")
         if self.labelled_per_step + self.unlabelled_per_step < 1:
             raise ConfigError("a step without samples; raise labelled_per_step or unlabelled_per_step")
+        if self.accumulate > self.labelled_per_step + self.unlabelled_per_step:
+            raise ConfigError(f"accumulate={self.accumulate} parts of fewer samples; choose at most one part each")
 
 
 class LogConfig(Config, frozen=True):
@@ -67,6 +70,8 @@ class Experiment(Config, frozen=True):
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     log: LogConfig = LogConfig()
+    evaluation: DetectionEvalConfig = DetectionEvalConfig()
+    cache: bool = False  # keep what was read in memory; for worlds of a few hundred frames
     workers: int = 0
     seed: int = 0
 

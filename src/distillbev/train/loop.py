@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..config import read_config, write_config
-from ..data.loader import FrameDataset, frames_of_splits, make_training_loader
+from ..data.loader import (
+    BatchLoader,
+    Frame,
+    FrameDataset,
+    FrameGroup,
+    TrainingBatches,
+    balance_classes,
+    make_loader,
+)
 from ..data.samples import NuScenes
 from ..data.schema import Batch
 from ..distill.distiller import Distiller, inherit_head
@@ -122,9 +130,6 @@ def train(experiment: Experiment, run: Path, *, resume: bool = True, show_progre
     torch.manual_seed(experiment.seed)
     optim, log = experiment.optim, experiment.log
     nuscenes = NuScenes(Path(experiment.data_root))
-    frames, groups = frames_of_splits(nuscenes, experiment.labelled_splits, experiment.unlabelled_splits)
-    dataset = FrameDataset(nuscenes, frames, experiment.data, seed=experiment.seed, train=True)
-
     objective = build_objective(experiment).to(device)
     model = objective.student
     optimizer = torch.optim.AdamW(
@@ -141,18 +146,7 @@ def train(experiment: Experiment, run: Path, *, resume: bool = True, show_progre
         forget_log_after(run / "metrics.jsonl", first_step)
         (run / "environment.json").write_text(json.dumps(describe_environment(nuscenes.root), indent=2))
 
-    loader = make_training_loader(
-        dataset,
-        groups,
-        per_step=(optim.labelled_per_step, optim.unlabelled_per_step),
-        steps=optim.steps,
-        first_step=first_step,
-        accumulate=optim.accumulate,
-        rank=rank,
-        world_size=world_size,
-        workers=experiment.workers,
-        class_balanced=optim.class_balanced,
-    )
+    loader = training_loader(experiment, nuscenes, first_step, rank, world_size)
     parallel = DistributedDataParallel(objective, broadcast_buffers=False) if world_size > 1 else objective
     objective.train()
     batches: Iterator[Batch] = iter(loader)
@@ -202,6 +196,31 @@ def train(experiment: Experiment, run: Path, *, resume: bool = True, show_progre
     if world_size > 1:
         dist.barrier()
     return weights
+
+
+def training_loader(
+    experiment: Experiment, nuscenes: NuScenes, first_step: int = 0, rank: int = 0, world_size: int = 1
+) -> BatchLoader:
+    """Batches of the steps from `first_step` on; each step's samples come in `accumulate` parts."""
+    optim = experiment.optim
+    labelled, unlabelled = (
+        [token for split in splits for token in nuscenes.sample_tokens(split)]
+        for splits in (experiment.labelled_splits, experiment.unlabelled_splits)
+    )
+    frames = [Frame(token) for token in labelled] + [Frame(token, labelled=False) for token in unlabelled]
+    order: Sequence[int] = range(len(labelled))
+    if optim.class_balanced:
+        order = balance_classes([nuscenes.labels_in(token) for token in labelled], experiment.seed)
+    groups = (
+        FrameGroup(order, optim.labelled_per_step),
+        FrameGroup(range(len(labelled), len(frames)), optim.unlabelled_per_step),
+    )
+    steps = TrainingBatches(groups, experiment.seed, optim.steps, first_step, rank, world_size)
+    parts = [step[part :: optim.accumulate] for step in steps for part in range(optim.accumulate)]
+    dataset = FrameDataset(
+        nuscenes, frames, experiment.data, experiment.seed, train=True, cache=experiment.cache
+    )
+    return make_loader(dataset, parts, experiment.workers, pin_memory=torch.cuda.is_available())
 
 
 def join_processes() -> tuple[int, int, torch.device]:

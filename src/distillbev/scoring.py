@@ -1,0 +1,127 @@
+"""Trained runs put to use: scored on a split, shown on single frames."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .boxes import Boxes3D
+from .data.samples import NuScenes
+from .data.schema import Sample
+from .errors import DataError
+from .evaluation.eval_boxes import ground_truth_boxes
+from .evaluation.metrics import DetectionMetrics, compute_metrics, format_table, match_boxes
+from .evaluation.results import CAMERA_ONLY, LIDAR_ONLY, read_results, write_detections
+from .train.experiment import Experiment
+from .train.inference import detect, load_trained, read_run
+
+RESULTS_FILE = "results_nusc.json"
+METRICS_FILE = "metrics_summary.json"
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Metrics of one run on one split, and the table that is printed."""
+
+    metrics: DetectionMetrics
+    table: str
+
+
+def evaluate_run(run: Path, data: Path, split: str, out: Path) -> Scored:
+    """Detects on every sample of the split, writes the official results file and the metrics.
+
+    Raises:
+        RunError: the run is absent or unfinished. DataError: unknown split, or damaged data.
+    """
+    experiment, detector = load_trained(run, best_device())
+    nuscenes = NuScenes(data)
+    samples = annotated_samples(nuscenes, split)
+    detections = detect(experiment, detector, nuscenes, [sample.token for sample in samples])
+    out.mkdir(parents=True, exist_ok=True)
+    meta = CAMERA_ONLY if experiment.student is not None else LIDAR_ONLY
+    write_detections(out / RESULTS_FILE, detections, samples, meta)
+    return score_results(out / RESULTS_FILE, experiment, samples, out)
+
+
+def score_results(results: Path, experiment: Experiment, samples: list[Sample], out: Path) -> Scored:
+    """Metrics of a results file on these samples; writes them beside it."""
+    ground_truth = ground_truth_boxes(samples)
+    boxes, _ = read_results(results, ground_truth)
+    metrics = compute_metrics(match_boxes(ground_truth, boxes, experiment.evaluation))
+    table = format_table(metrics)
+    (out / "table.txt").write_text(table + "\n")
+    part = out / f".{METRICS_FILE}.part"
+    part.write_text(json.dumps(metrics.to_dict(), indent=2))
+    part.replace(out / METRICS_FILE)
+    return Scored(metrics, table)
+
+
+def annotated_samples(nuscenes: NuScenes, split: str) -> list[Sample]:
+    """All samples of a split, with their annotations."""
+    samples = [nuscenes.sample(token) for token in nuscenes.sample_tokens(split)]
+    if not samples:
+        raise DataError(f"{nuscenes.root}: split {split!r} has no samples; nothing to score")
+    return samples
+
+
+def predict_sample(run: Path, data: Path, token: str | None, out: Path, threshold: float) -> list[Path]:
+    """Detects on one key frame; writes the boxes as JSON and pictures of cameras and BEV.
+
+    Ground truth, where the frame has any, is drawn beside the detections.
+    """
+    from .report.draw import sample_pictures
+
+    experiment, detector = load_trained(run, best_device())
+    nuscenes = NuScenes(data)
+    token = token or nuscenes.sample_tokens(nuscenes.default_split())[0]
+    found = detect(experiment, detector, nuscenes, [token], show_progress=False)[token]
+    sample = nuscenes.sample(token)
+    out.mkdir(parents=True, exist_ok=True)
+    boxes_file = out / f"{token}.json"
+    boxes_file.write_text(json.dumps(boxes_as_rows(found), indent=1))
+    return [boxes_file, *sample_pictures(sample, confident(found, threshold), out)]
+
+
+def boxes_as_rows(boxes: Boxes3D) -> list[dict[str, object]]:
+    """Boxes as plain rows, in the LiDAR frame (metres, radians, m/s), best first."""
+    from .boxes import BOX_FIELDS
+    from .classes import CLASSES
+
+    scores = boxes.scores if boxes.scores is not None else torch.ones(len(boxes))
+    rows = [
+        {"class": CLASSES[label], "score": round(score, 4)}
+        | {name: round(value, 3) for name, value in zip(BOX_FIELDS, box, strict=True)}
+        for box, label, score in zip(
+            boxes.boxes.tolist(), boxes.labels.tolist(), scores.tolist(), strict=True
+        )
+    ]
+    return sorted(rows, key=lambda row: -float(str(row["score"])))
+
+
+def confident(boxes: Boxes3D, threshold: float) -> Boxes3D:
+    """The detections with at least this score."""
+    assert boxes.scores is not None, "detections carry scores"
+    return boxes[boxes.scores >= threshold]
+
+
+def best_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def show_run(run: Path, data: Path, split: str, frames: int, page: Path) -> Path:
+    """Writes one self-contained page about a run: settings, curves, detections beside the ground truth."""
+    from .report.page import run_page
+
+    experiment, detector = load_trained(run, best_device())
+    nuscenes = NuScenes(data)
+    tokens = nuscenes.sample_tokens(split)
+    count = min(frames, len(tokens))
+    chosen = [tokens[i * len(tokens) // count] for i in range(count)]
+    detections = detect(experiment, detector, nuscenes, chosen)
+    samples = [nuscenes.sample(token) for token in chosen]
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(run_page(run, read_run(run), samples, detections))
+    return page
