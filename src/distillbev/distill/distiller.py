@@ -1,0 +1,388 @@
+"""A student that learns from its own targets and from a frozen teacher's maps.
+
+Source: DistillBEV (ICCV 2023). The imitation loss is a squared error between a teacher map Z and an adapted
+student map S, weighted cell by cell with a region, the region's scale and an attention map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..boxes import Boxes3D
+from ..data.schema import Batch
+from ..errors import ConfigError, DataError
+from ..grid import BevGrid
+from ..models.outputs import BevMap
+from .adapters import build_adapter, resample
+from .attention import channel_attention, shared_attention
+from .inheritance import InheritanceReport, inherit_head
+from .masks import (
+    Regions,
+    cells_in_boxes,
+    foreground_of_boxes,
+    heat_on_grid,
+    pad_boxes,
+    split_regions,
+    target_heat,
+)
+from .settings import (
+    DistillConfig,
+    PseudoLabelConfig,
+    TapConfig,
+    clean,
+    released_bevdepth4d,
+    released_bevformer,
+)
+from .teacher import (
+    FetchMaps,
+    HeldTeacher,
+    TeacherCache,
+    TeacherView,
+    maps_of,
+    named_map,
+    take_from_batch,
+    take_samples,
+)
+from .terms import (
+    ChannelStandardise,
+    ChannelStandardiseConfig,
+    LayerNormConfig,
+    Reduction,
+    attention_term,
+    background_term,
+    false_positive_term,
+    foreground_term,
+    layer_norm,
+)
+
+__all__ = [
+    "DistillConfig",
+    "Distiller",
+    "InheritanceReport",
+    "clean",
+    "gradient_norms",
+    "inherit_head",
+    "released_bevdepth4d",
+    "released_bevformer",
+]
+
+
+class Tap(nn.Module):
+    """What one tap learns: the adapter and the 3x3 convolution of the attention term; teacher statistics."""
+
+    def __init__(self, config: TapConfig, student_channels: int, teacher_channels: int) -> None:
+        super().__init__()
+        self.config = config
+        self.adapter = build_adapter(config.adapter, student_channels, teacher_channels)
+        self.smooth = nn.Conv2d(1, 1, kernel_size=3, padding=1) if config.attention_imitation else None
+        self.standardise = None
+        if isinstance(config.normalise, ChannelStandardiseConfig):
+            self.standardise = ChannelStandardise(teacher_channels, config.normalise)
+
+    def adapt(self, student: Tensor, size: tuple[int, int]) -> Tensor:
+        """(B, C_student, Y', X') -> S (B, C, Y, X) in fp32."""
+        parameter = next(self.adapter.parameters(), None)
+        if parameter is not None:
+            student = student.to(parameter.dtype)  # a bf16 student may meet an fp32 adapter
+        return resample(self.adapter(student, size).float(), size)
+
+    def forward(
+        self, student: Tensor, teacher: Tensor, regions: Regions, reduction: Reduction, step: int | None
+    ) -> dict[str, Tensor]:
+        """Unweighted terms of a batch, each (B,); a term that has not started is absent."""
+        config = self.config
+        adapted = self.adapt(student, (teacher.shape[2], teacher.shape[3]))
+        terms: dict[str, Tensor] = {}
+        with torch.autocast(adapted.device.type, enabled=False):
+            teacher = teacher.float() if self.standardise is None else self.standardise(teacher)
+            attention = shared_attention(teacher, adapted, config.attention)
+            if config.attention_imitation and config.is_on(config.attention_imitation, step):
+                terms["attention"] = attention_term(
+                    teacher, adapted, self._smooth, config.attention_imitation.signed, reduction
+                )
+            channels = None
+            if config.false_positive and config.false_positive.channel_temperature is not None:
+                channels = channel_attention(teacher, config.false_positive.channel_temperature)
+            if isinstance(config.normalise, LayerNormConfig):
+                teacher, adapted = layer_norm(teacher), layer_norm(adapted)
+            error = (adapted - teacher) ** 2
+            if config.is_on(config.foreground, step):
+                terms["foreground"] = foreground_term(error, regions, attention, reduction)
+            if config.is_on(config.background, step):
+                terms["background"] = background_term(error, regions, attention, reduction)
+            if config.is_on(config.false_positive, step):
+                terms["false_positive"] = false_positive_term(error, regions, attention, channels, reduction)
+        return terms
+
+    def _smooth(self, means: Tensor) -> Tensor:
+        assert self.smooth is not None and self.smooth.bias is not None
+        return functional.conv2d(means, self.smooth.weight.float(), self.smooth.bias.float(), padding=1)
+
+
+class Distiller(nn.Module):
+    """Trains any student to imitate any teacher; both give named BEV maps over the same ground.
+
+    Only the student and the taps are parameters. The teacher stands outside the module tree: in eval mode,
+    without gradient, absent from `state_dict`; `.to()` moves it along.
+
+    Args:
+        teacher, student: modules called with a batch. Their outputs hold `.bev` (name -> BevMap), or
+            `teacher_maps` and `student_maps` fetch such a mapping. A student with `loss(output, batch)` adds
+            its detection loss; a teacher with `decode(output)` can label unlabelled frames; `output.heads`
+            with a "heatmap" gives the false-positive region.
+        teacher_channels, student_channels: channels of the tapped maps by name; the modules' own
+            `bev_channels` if not given. `Distiller.from_probe` measures them.
+
+    Raises:
+        ConfigError: a tap names a map that does not exist, or the channels cannot be told.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        student: nn.Module,
+        config: DistillConfig,
+        *,
+        teacher_channels: Mapping[str, int] | None = None,
+        student_channels: Mapping[str, int] | None = None,
+        teacher_maps: FetchMaps = maps_of,
+        student_maps: FetchMaps = maps_of,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.student = student
+        self.student_maps = student_maps
+        self.taps = nn.ModuleList()
+        for tap in config.taps:
+            in_channels = _channels_of(student, student_channels, tap.student, "student")
+            out_channels = _channels_of(teacher, teacher_channels, tap.teacher, "teacher")
+            self.taps.append(Tap(tap, in_channels, out_channels))
+        sources = {tap.false_positive.source for tap in config.taps if tap.false_positive}
+        self._decode_all = "boxes" in sources
+        self._held = HeldTeacher(
+            teacher,
+            teacher_maps,
+            names=tuple({tap.teacher: None for tap in config.taps}),
+            with_heat="heat" in sources,
+            cache=TeacherCache(config.cache) if config.cache is not None else None,
+        )
+        self._last: tuple[dict[str, Tensor], list[Tensor]] | None = None
+
+    @classmethod
+    def from_probe(
+        cls,
+        teacher: nn.Module,
+        student: nn.Module,
+        config: DistillConfig,
+        batch: Batch,
+        *,
+        teacher_maps: FetchMaps = maps_of,
+        student_maps: FetchMaps = maps_of,
+    ) -> Distiller:
+        """A distiller for modules that cannot tell their channels: both look at a batch once."""
+        return cls(
+            teacher,
+            student,
+            config,
+            teacher_channels=probe_channels(teacher, batch, teacher_maps),
+            student_channels=probe_channels(student, batch, student_maps),
+            teacher_maps=teacher_maps,
+            student_maps=student_maps,
+        )
+
+    @property
+    def teacher(self) -> nn.Module:
+        return self._held.module
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Distiller:
+        # `to`, `cuda`, `float` and the like all come through here; the teacher goes where the student goes.
+        self._held.module._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+    def forward(self, batch: Batch, step: int | None = None) -> dict[str, Tensor]:
+        """Weighted terms whose sum is to be minimised: the student's detection loss and imitation.
+
+        Args:
+            batch: `boxes` of None mark unlabelled samples; the teacher's detections stand in for them.
+            step: the training step; needed only where a term has a start step.
+
+        Returns:
+            The student's own terms, and "imitate/<student map>/<term>" for every tap.
+
+        Raises:
+            ConfigError: a map is absent, or maps of a tap cover different ground.
+            DataError: no sample of the batch is labelled and unlabelled ones are not used.
+        """
+        self._last = None
+        output = self.student(batch)
+        losses = self.losses(output, batch, step)
+        maps = self.student_maps(output)
+        watched = ["lifted"] if "lifted" in maps else [tap.student for tap in self.config.taps]
+        self._last = losses, [maps[name].features for name in watched]
+        return losses
+
+    def losses(self, output: Any, batch: Batch, step: int | None = None) -> dict[str, Tensor]:
+        """The same for a student output that is at hand."""
+        if self.config.has_schedule and step is None:
+            raise ConfigError(
+                "a term has a start_step, so the training step must be given: distiller(batch, step)"
+            )
+        pseudo = self.config.pseudo_labels
+        labelled = [boxes is not None for boxes in batch.boxes]
+        used = all(labelled) or pseudo.as_targets or (pseudo.imitate and self.taps)
+        if not used and not any(labelled):
+            raise DataError(
+                f"samples {batch.tokens} are unlabelled and pseudo_labels uses no unlabelled frame; "
+                "switch on as_targets or imitate, or feed labelled frames"
+            )
+
+        need_detections = self._decode_all or (not all(labelled) and bool(used))
+        view = TeacherView({})
+        if self.taps or need_detections:
+            view = self._held.look(batch, detections=need_detections)
+        boxes = self._boxes(batch, view)
+        losses = self._detection_losses(output, batch, boxes, labelled)
+        if self.taps:
+            takes_part = torch.tensor([known or pseudo.imitate for known in labelled])
+            regions = self.regions(boxes, view, step)
+            losses |= self.imitation(self.student_maps(output), view.bev, regions, takes_part, step)
+        return losses
+
+    def _boxes(self, batch: Batch, view: TeacherView) -> list[Boxes3D]:
+        """Ground truth where there is one, the teacher's confident detections elsewhere."""
+        boxes = []
+        for i, known in enumerate(batch.boxes):
+            if known is not None:
+                boxes.append(known)
+            elif view.detections is not None:
+                boxes.append(confident(view.detections[i], self.config.pseudo_labels))
+            else:
+                boxes.append(Boxes3D.empty(batch.bev_aug.device))
+        return boxes
+
+    def _detection_losses(
+        self, output: Any, batch: Batch, boxes: list[Boxes3D], labelled: list[bool]
+    ) -> dict[str, Tensor]:
+        loss = getattr(self.student, "loss", None)
+        if loss is None:
+            return {}
+        if all(labelled) or self.config.pseudo_labels.as_targets:
+            return dict(loss(output, replace(batch, boxes=boxes)))
+        keep = [i for i, known in enumerate(labelled) if known]
+        return dict(loss(take_samples(output, keep), take_from_batch(batch, keep))) if keep else {}
+
+    @torch.no_grad()
+    def regions(self, boxes: list[Boxes3D], view: TeacherView, step: int | None = None) -> list[Regions]:
+        """The regions of every tap, on the grid of its teacher map; computed once for each grid."""
+        config = self.config.regions
+        padded, valid = pad_boxes(boxes)
+        found: dict[tuple[BevGrid, str | None], Regions] = {}
+        of_taps = []
+        for tap in self.config.taps:
+            grid = named_map(view.bev, tap.teacher, "teacher").grid
+            is_on = tap.is_on(tap.false_positive, step)
+            source = tap.false_positive.source if tap.false_positive and is_on else None
+            if (grid, source) not in found:
+                heat = heat_on_grid(view.heat, grid) if source == "heat" and view.heat is not None else None
+                need_targets = heat is not None or config.halo == "ignored"
+                found[grid, source] = split_regions(
+                    foreground_of_boxes(padded, valid, grid, config),
+                    config,
+                    targets=target_heat(padded, valid, grid) if need_targets else None,
+                    teacher_heat=heat,
+                    teacher_boxes=self._teacher_cells(view, grid) if source == "boxes" else None,
+                )
+            of_taps.append(found[grid, source])
+        return of_taps
+
+    def _teacher_cells(self, view: TeacherView, grid: BevGrid) -> Tensor:
+        """(B, 1, Y, X) cells inside the teacher's detections above tau."""
+        assert view.detections is not None
+        config = self.config.regions
+        kept = [d[d.scores > config.teacher_threshold] for d in view.detections if d.scores is not None]
+        padded, valid = pad_boxes(kept)
+        return cells_in_boxes(padded, valid, grid, config.sample).any(dim=1, keepdim=True)
+
+    def imitation(
+        self,
+        student_maps: Mapping[str, BevMap],
+        teacher_maps: Mapping[str, BevMap],
+        regions: Sequence[Regions],
+        takes_part: Tensor | None = None,
+        step: int | None = None,
+    ) -> dict[str, Tensor]:
+        """Weighted imitation terms, averaged over the samples that take part ((B,) bool, else all)."""
+        losses: dict[str, Tensor] = {}
+        for config, tap, where in zip(self.config.taps, self.taps, regions, strict=True):
+            student = named_map(student_maps, config.student, "student")
+            teacher = named_map(teacher_maps, config.teacher, "teacher")
+            if not student.grid.covers_same_ground(teacher.grid):
+                raise ConfigError(
+                    f"tap {config.student!r}: the student's map covers x {student.grid.x_range_m}, "
+                    f"y {student.grid.y_range_m} and the teacher's x {teacher.grid.x_range_m}, "
+                    f"y {teacher.grid.y_range_m}; give both detectors the same range"
+                )
+            terms = tap(student.features, teacher.features, where, self.config.reduction, step)
+            for name, per_sample in terms.items():
+                share = torch.full_like(per_sample, 1 / len(per_sample))
+                if takes_part is not None:
+                    part = takes_part.to(per_sample)
+                    share = part / part.sum().clamp(min=1)
+                weight = self.config.weight * config.terms[name].weight
+                losses[f"imitate/{config.student}/{name}"] = weight * (per_sample * share).sum()
+        return losses
+
+    def last_gradient_norms(self) -> dict[str, float]:
+        """Gradient norm of each term of the last forward pass, before its backward pass frees the graph.
+
+        Taken at the student's map "lifted", which all terms share, or at its tapped maps where there is none.
+        """
+        return {} if self._last is None else gradient_norms(*self._last)
+
+
+def gradient_norms(losses: Mapping[str, Tensor], maps: Sequence[Tensor]) -> dict[str, float]:
+    """Norm of each loss's gradient at the given maps taken together; the graph is kept for backward."""
+    norms = {}
+    watched = [features for features in maps if features.requires_grad]
+    for name, loss in losses.items():
+        gradients: tuple[Tensor | None, ...] = ()
+        if watched and loss.requires_grad:
+            gradients = torch.autograd.grad(loss, watched, retain_graph=True, allow_unused=True)
+        norms[name] = float(sum(g.float().square().sum() for g in gradients if g is not None)) ** 0.5
+    return norms
+
+
+def confident(detections: Boxes3D, config: PseudoLabelConfig) -> Boxes3D:
+    """Detections above the threshold of their class, as targets (without scores)."""
+    assert detections.scores is not None, "a teacher's detections have scores"
+    thresholds = detections.scores.new_tensor(config.thresholds)[detections.labels]
+    kept = detections[detections.scores > thresholds]
+    return Boxes3D(kept.boxes, kept.labels)
+
+
+@torch.no_grad()
+def probe_channels(module: nn.Module, batch: Batch, fetch: FetchMaps = maps_of) -> dict[str, int]:
+    """Channels of every map that a module gives, found by calling it once in eval mode."""
+    was_training = module.training
+    try:
+        return {name: level.features.shape[1] for name, level in fetch(module.eval()(batch)).items()}
+    finally:
+        module.train(was_training)
+
+
+def _channels_of(module: nn.Module, given: Mapping[str, int] | None, name: str, whose: str) -> int:
+    channels = given if given is not None else getattr(module, "bev_channels", None)
+    if channels is None:
+        raise ConfigError(
+            f"tap {name!r}: the channels of the {whose}'s maps are unknown; give {whose}_channels, let "
+            f"{type(module).__name__} have bev_channels, or use Distiller.from_probe"
+        )
+    if name not in channels:
+        raise ConfigError(f"tap {name!r}: the {whose} has no such map; its maps are {', '.join(channels)}")
+    return channels[name]

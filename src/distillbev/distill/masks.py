@@ -1,0 +1,280 @@
+"""Where to imitate: box, false-positive and background regions on a BEV grid, and how much each weighs.
+
+Everything is one vectorised computation for a whole batch: boxes are padded to (B, M, 9), the offset of every
+cell is turned into every box's frame and compared with half its length and width.
+Letters: B batch, M boxes (padded), Y X rows and columns of a BEV grid.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
+
+from ..boxes import BOX_FIELDS, Boxes3D
+from ..config import Config
+from ..errors import ConfigError
+from ..grid import BevGrid
+from ..models.center_targets import TargetConfig, gaussian_radius
+
+SamplePoint = Literal["centre", "corner"]
+
+
+class RegionConfig(Config, frozen=True):
+    """How cells are divided into regions, and the scale of each.
+
+    Attributes:
+        sample: the point of a cell that must lie in a box. "corner" (lower left, half a cell off) is the
+            reference's rule for CNN students.
+        min_one_cell: a box that holds no sample point takes the cell of its centre.
+        object_scale: what the cells of an object weigh. "box_area": sqrt(cell^2 / (w l)), the reference's
+            rule; "cells": 1 / sqrt(n) of the n cells that the object covers, which is bounded by 1 and treats
+            a box smaller than a cell like one of a cell; "object": 1 / n, every object weighs the same.
+        max_object_scale: an upper bound of the object scale, None for none.
+        combined_scale: the reference's single scale, the maximum of object and background scale in each cell.
+            It differs from separate scales only where nearly everything is a false positive.
+        teacher_threshold: tau, the teacher's score above which a cell may be a false positive.
+        target_threshold: tau_gt, the height of the target heat map below which a cell is not an object's.
+        halo: cells outside every box whose target heat reaches tau_gt. "background" as published; "ignored"
+            leaves them to the student, so that the surroundings of small objects are not pulled to empty.
+    """
+
+    sample: SamplePoint = "centre"
+    min_one_cell: bool = True
+    object_scale: Literal["box_area", "cells", "object"] = "cells"
+    max_object_scale: float | None = None
+    combined_scale: bool = False
+    teacher_threshold: float = 0.1
+    target_threshold: float = 0.1
+    halo: Literal["background", "ignored"] = "background"
+
+    def __post_init__(self) -> None:
+        for name in ("teacher_threshold", "target_threshold"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name}={getattr(self, name)} is not a score; choose a number from 0 to 1")
+        if self.max_object_scale is not None and self.max_object_scale <= 0:
+            raise ConfigError(
+                f"max_object_scale={self.max_object_scale} would silence all objects; "
+                "choose a positive number, or None for no bound"
+            )
+
+
+@dataclass(frozen=True)
+class Foreground:
+    """Box cells of a batch: `mask` (B, 1, Y, X) bool, `scale` (B, 1, Y, X) float, zero outside boxes."""
+
+    mask: Tensor
+    scale: Tensor
+
+
+@dataclass(frozen=True)
+class Regions:
+    """Disjoint regions of a batch on one grid, masks (B, 1, Y, X) bool.
+
+    `foreground_scale` is (B, 1, Y, X); the others are (B, 1, 1, 1), or maps as well when scales are combined.
+    A region without cells has scale zero.
+    """
+
+    foreground: Tensor
+    background: Tensor
+    false_positive: Tensor
+    foreground_scale: Tensor
+    background_scale: Tensor
+    false_positive_scale: Tensor
+
+
+def pad_boxes(boxes: Sequence[Boxes3D]) -> tuple[Tensor, Tensor]:
+    """Boxes of B samples -> (B, M, 9) float32 and (B, M) bool, true where a box is real; M is at least 1."""
+    filler = boxes[0].boxes.new_zeros(1, len(BOX_FIELDS), dtype=torch.float32)
+    rows = [sample.boxes.float() if len(sample) else filler for sample in boxes]
+    padded = pad_sequence(rows, batch_first=True)
+    counts = torch.tensor([len(sample) for sample in boxes]).to(padded.device)
+    return padded, torch.arange(padded.shape[1], device=padded.device) < counts[:, None]
+
+
+def cells_in_boxes(padded: Tensor, valid: Tensor, grid: BevGrid, sample: SamplePoint = "centre") -> Tensor:
+    """Which cells have their sample point strictly inside which box, seen from above.
+
+    Args:
+        padded: (B, M, 9) boxes in the grid's frame.
+        valid: (B, M) bool.
+
+    Returns:
+        (B, M, Y, X) bool.
+    """
+    offset = 0.5 if sample == "centre" else 0.0
+    rows, columns = grid.shape
+    x = grid.x_range_m[0] + (torch.arange(columns, device=padded.device) + offset) * grid.cell_m
+    y = grid.y_range_m[0] + (torch.arange(rows, device=padded.device) + offset) * grid.cell_m
+    centre_x, centre_y, _, length, width, _, yaw = padded[..., :7, None, None].unbind(2)  # (B, M, 1, 1) each
+    dx, dy = (
+        x - centre_x,
+        y[:, None] - centre_y,
+    )  # (B, M, 1, X) and (B, M, Y, 1): the rotation is a sum of both
+    cos, sin = yaw.cos(), yaw.sin()
+    along = dx * cos + dy * sin  # (B, M, Y, X)
+    across = dy * cos - dx * sin
+    inside = (along.abs() < length / 2) & (across.abs() < width / 2)
+    return inside & valid[..., None, None]
+
+
+def cells_in_boxes_slow(
+    boxes: Sequence[Boxes3D], grid: BevGrid, sample: SamplePoint = "centre"
+) -> list[list[list[tuple[int, int]]]]:
+    """The readable twin of `cells_in_boxes`: (row, column) of the cells of every box of every sample."""
+    offset = 0.5 if sample == "centre" else 0.0
+    rows, columns = grid.shape
+    found = []
+    for sample_boxes in boxes:
+        cells_of_box = []
+        for x, y, _, length, width, _, yaw in sample_boxes.boxes[:, :7].tolist():
+            cells = []
+            for row in range(rows):
+                for column in range(columns):
+                    dx = grid.x_range_m[0] + (column + offset) * grid.cell_m - x
+                    dy = grid.y_range_m[0] + (row + offset) * grid.cell_m - y
+                    along = dx * math.cos(yaw) + dy * math.sin(yaw)
+                    across = dy * math.cos(yaw) - dx * math.sin(yaw)
+                    if abs(along) < length / 2 and abs(across) < width / 2:
+                        cells.append((row, column))
+            cells_of_box.append(cells)
+        found.append(cells_of_box)
+    return found
+
+
+def _centre_cells(padded: Tensor, valid: Tensor, grid: BevGrid) -> tuple[Tensor, Tensor, Tensor]:
+    """Row, column (both (B, M) int64, clamped to the grid) and whether the centre lies on the grid."""
+    rows, columns = grid.shape
+    cells = grid.cell_coordinates(padded[..., :2]).floor().long()  # (B, M, 2)
+    column, row = cells.unbind(-1)
+    on_grid = valid & (column >= 0) & (column < columns) & (row >= 0) & (row < rows)
+    return row.clamp(0, rows - 1), column.clamp(0, columns - 1), on_grid
+
+
+def foreground_of_boxes(padded: Tensor, valid: Tensor, grid: BevGrid, config: RegionConfig) -> Foreground:
+    """Cells of boxes and their scale; where boxes overlap, the first in the list gives the scale.
+
+    Source: DistillBEV (ICCV 2023), section 3; the release takes the metric box area.
+    """
+    inside = cells_in_boxes(padded, valid, grid, config.sample)  # (B, M, Y, X)
+    if config.min_one_cell:
+        row, column, on_grid = _centre_cells(padded, valid, grid)
+        add = on_grid & ~inside.flatten(2).any(dim=2)
+        flat = torch.zeros_like(inside.flatten(2))
+        flat.scatter_(2, (row * grid.shape[1] + column)[..., None], add[..., None])
+        inside = inside | flat.view_as(inside)
+
+    if config.object_scale == "box_area":
+        area_m2 = (padded[..., 3] * padded[..., 4]).clamp(min=1e-6)
+        object_scale = (grid.cell_m**2 / area_m2).sqrt()  # (B, M)
+    else:
+        cells = inside.flatten(2).sum(dim=2).clamp(min=1).float()
+        object_scale = cells.rsqrt() if config.object_scale == "cells" else cells.reciprocal()
+    if config.max_object_scale is not None:
+        object_scale = object_scale.clamp(max=config.max_object_scale)
+
+    mask = inside.any(dim=1, keepdim=True)  # (B, 1, Y, X)
+    first = inside.to(torch.uint8).argmax(dim=1)  # (B, Y, X), the first of equal maxima
+    scale = object_scale.gather(1, first.flatten(1)).view_as(mask)
+    return Foreground(mask, scale * mask)
+
+
+def target_heat(padded: Tensor, valid: Tensor, grid: BevGrid) -> Tensor:
+    """The heat map that a CenterPoint head would be taught, maximum over classes.
+
+    Returns:
+        (B, 1, Y, X) in [0, 1], a Gaussian cut off to a square around each box centre that lies on the grid.
+    """
+    row, column, on_grid = _centre_cells(padded, valid, grid)
+    rule = TargetConfig()
+    radius = gaussian_radius(padded[..., 3:5] / grid.cell_m, rule.gaussian_overlap)  # (B, M)
+    radius = radius.floor().clamp(min=rule.min_radius_cells)
+    two_variances = 2 * ((2 * radius + 1) / 6) ** 2
+    rows, columns = grid.shape
+    dx = (torch.arange(columns, device=padded.device) - column[..., None]).float()  # (B, M, X)
+    dy = (torch.arange(rows, device=padded.device) - row[..., None]).float()
+
+    def falloff(distance: Tensor) -> Tensor:
+        return torch.exp(-(distance**2) / two_variances[..., None]) * (distance.abs() <= radius[..., None])
+
+    # A Gaussian is the product of one along x and one along y, so no (B, M, Y, X) exponential is needed.
+    heat = falloff(dy)[..., :, None] * (falloff(dx) * on_grid[..., None])[..., None, :]
+    return heat.amax(dim=1, keepdim=True)
+
+
+def class_heat(heads: Sequence[dict[str, Tensor]]) -> Tensor | None:
+    """Raw head maps -> (B, 1, Y, X) highest score of any class, clamped like CenterPoint's.
+
+    None where the head has no heat maps.
+    """
+    logits = [maps["heatmap"] for maps in heads if "heatmap" in maps]
+    if not logits:
+        return None
+    highest = torch.cat(logits, dim=1).float().amax(dim=1, keepdim=True)
+    return highest.sigmoid().clamp(1e-4, 1 - 1e-4)
+
+
+def heat_on_grid(heat: Tensor, grid: BevGrid) -> Tensor:
+    """(B, 1, Y', X') heat over the grid's ground -> (B, 1, Y, X): maxima when coarser, nearest when finer."""
+    if heat.shape[-2:] == grid.shape:
+        return heat
+    if heat.shape[-2] > grid.shape[0]:
+        return functional.adaptive_max_pool2d(heat, grid.shape)
+    return functional.interpolate(heat, grid.shape, mode="nearest-exact")
+
+
+def _one_over_count(region: Tensor) -> Tensor:
+    """(B, 1, Y, X) bool -> (B, 1, 1, 1) one over the number of its cells, zero where there are none."""
+    count = region.sum(dim=(1, 2, 3), keepdim=True).float()
+    return torch.where(count > 0, 1 / count.clamp(min=1), 0.0)
+
+
+def split_regions(
+    foreground: Foreground,
+    config: RegionConfig,
+    targets: Tensor | None = None,
+    teacher_heat: Tensor | None = None,
+    teacher_boxes: Tensor | None = None,
+) -> Regions:
+    """Divides all cells into foreground, false positives, background and, if asked for, an ignored halo.
+
+    False positives are cells where the teacher sees an object and nobody annotated one:
+    (teacher score > tau) and (target heat < tau_gt) and not in a box; all strict.
+
+    Args:
+        foreground: the box cells.
+        targets: (B, 1, Y, X) target heat; needed with `teacher_heat` and for an ignored halo.
+        teacher_heat: (B, 1, Y, X) scores in [0, 1]; None for no false-positive region from heat.
+        teacher_boxes: (B, 1, Y, X) bool, cells in the teacher's detections, for teachers without heat maps.
+    """
+    outside = ~foreground.mask
+    false_positive = torch.zeros_like(outside)
+    if teacher_heat is not None:
+        assert targets is not None, "a false-positive region from heat needs the target heat"
+        seen = teacher_heat > config.teacher_threshold
+        false_positive = seen & (targets < config.target_threshold) & outside
+    elif teacher_boxes is not None:
+        false_positive = teacher_boxes & outside
+
+    background = outside & ~false_positive
+    if config.halo == "ignored":
+        assert targets is not None, "an ignored halo needs the target heat"
+        background = background & (targets < config.target_threshold)
+
+    foreground_scale, background_scale = foreground.scale, _one_over_count(background)
+    if config.combined_scale:
+        foreground_scale = background_scale = torch.maximum(foreground_scale, background_scale)
+    return Regions(
+        foreground=foreground.mask,
+        background=background,
+        false_positive=false_positive,
+        foreground_scale=foreground_scale,
+        background_scale=background_scale,
+        false_positive_scale=_one_over_count(false_positive),
+    )

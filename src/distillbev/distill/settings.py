@@ -1,0 +1,222 @@
+"""What a distillation is: taps, terms, weights, and what to do with frames that nobody labelled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from ..classes import CLASSES
+from ..config import Config
+from ..errors import ConfigError
+from .adapters import AdapterConfig, ConvAdapterConfig, LayeredAdapterConfig
+from .attention import AttentionConfig
+from .masks import RegionConfig
+from .teacher import TeacherCacheConfig
+from .terms import ChannelStandardiseConfig, NormaliseConfig, Reduction
+
+
+class TermConfig(Config, frozen=True):
+    """A term's weight, and the training step from which it counts."""
+
+    weight: float
+    start_step: int = 0
+
+    def __post_init__(self) -> None:
+        if self.weight <= 0:
+            raise ConfigError(
+                f"a term of weight {self.weight}; choose a positive weight, or None to leave it out"
+            )
+
+
+class FalsePositiveConfig(TermConfig, frozen=True):
+    """Imitation where the teacher sees an object and nobody annotated one.
+
+    `source`: the teacher's heat map, or the boxes it decodes (for heads without heat maps).
+    `channel_temperature`: Tc of the channel attention that this term carries in the release, None for none.
+    """
+
+    source: Literal["heat", "boxes"] = "heat"
+    channel_temperature: float | None = 0.5
+
+
+class AttentionTermConfig(TermConfig, frozen=True):
+    """The student's mean response should match the teacher's; `signed` as published, else of magnitudes."""
+
+    signed: bool = True
+
+
+class TapConfig(Config, frozen=True):
+    """A pair of maps, one of the student and one of the teacher, and how the one imitates the other."""
+
+    student: str = "head"
+    teacher: str = "head"
+    adapter: AdapterConfig = ConvAdapterConfig()
+    normalise: NormaliseConfig | None = None
+    attention: AttentionConfig | None = AttentionConfig()
+    foreground: TermConfig | None = None
+    background: TermConfig | None = None
+    false_positive: FalsePositiveConfig | None = None
+    attention_imitation: AttentionTermConfig | None = None
+
+    def __post_init__(self) -> None:
+        if not self.terms:
+            raise ConfigError(
+                f"tap {self.student!r} has no term; give foreground, background, false_positive or "
+                "attention_imitation, or leave the tap out"
+            )
+
+    @property
+    def terms(self) -> dict[str, TermConfig]:
+        """The terms that this tap has, by the name under which they are logged."""
+        terms = {
+            "foreground": self.foreground,
+            "background": self.background,
+            "false_positive": self.false_positive,
+            "attention": self.attention_imitation,
+        }
+        return {name: term for name, term in terms.items() if term is not None}
+
+    def is_on(self, term: TermConfig | None, step: int | None) -> bool:
+        """Whether a term counts at this step."""
+        return term is not None and (term.start_step == 0 or (step is not None and step >= term.start_step))
+
+
+class PseudoLabelConfig(Config, frozen=True):
+    """What the teacher's detections are worth on frames that nobody labelled.
+
+    Attributes:
+        score_threshold: the score above which a detection counts, one for all classes or one by class name
+            (a class that is not named is never taken).
+        as_targets: they are the targets of the student's detection loss.
+        imitate: such frames take part in imitation, with the detections as boxes.
+    """
+
+    score_threshold: float | dict[str, float] = 0.3
+    as_targets: bool = True
+    imitate: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.score_threshold, dict):
+            for name in self.score_threshold:
+                if name not in CLASSES:
+                    raise ConfigError(
+                        f"score_threshold names {name!r}, which is no class; classes are {', '.join(CLASSES)}"
+                    )
+
+    @property
+    def thresholds(self) -> list[float]:
+        """One threshold per class, in the order of `CLASSES`."""
+        if isinstance(self.score_threshold, dict):
+            return [self.score_threshold.get(name, float("inf")) for name in CLASSES]
+        return [self.score_threshold] * len(CLASSES)
+
+
+class DistillConfig(Config, frozen=True):
+    """Everything that a student learns from its teacher. Without taps only the teacher's boxes are used."""
+
+    taps: tuple[TapConfig, ...] = ()
+    weight: float = 1.0
+    regions: RegionConfig = RegionConfig()
+    reduction: Reduction = "mean"
+    pseudo_labels: PseudoLabelConfig = PseudoLabelConfig()
+    cache: TeacherCacheConfig | None = None
+
+    def __post_init__(self) -> None:
+        names = [tap.student for tap in self.taps]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"taps read the student's maps {names}; each may be tapped once")
+        if self.weight <= 0:
+            raise ConfigError(
+                f"weight={self.weight}; choose a positive weight, or no taps to switch imitation off"
+            )
+
+    @property
+    def has_schedule(self) -> bool:
+        """Whether any term starts later than training does."""
+        return any(term.start_step > 0 for tap in self.taps for term in tap.terms.values())
+
+
+def released_bevdepth4d() -> DistillConfig:
+    """The launch script's settings for a BEVDepth4D student and a CenterPoint or MVP teacher, with quirks."""
+
+    def tap(
+        name: str, adapter: AdapterConfig, false_positive: FalsePositiveConfig | None = None
+    ) -> TapConfig:
+        return TapConfig(
+            student=name,
+            teacher=name,
+            adapter=adapter,
+            attention=AttentionConfig(temperature=0.5, student_share=1.0),
+            foreground=TermConfig(weight=6e-3),
+            background=TermConfig(weight=4e-2),
+            false_positive=false_positive,
+            attention_imitation=AttentionTermConfig(weight=2.5e-3),
+        )
+
+    layered = LayeredAdapterConfig(num_layers=3, upsample="align_corners")
+    return DistillConfig(
+        taps=(
+            tap("stage1", layered),
+            tap("stage2", layered),
+            tap("head", ConvAdapterConfig(), FalsePositiveConfig(weight=6e-2, channel_temperature=0.5)),
+        ),
+        regions=RegionConfig(
+            sample="corner", min_one_cell=False, object_scale="box_area", combined_scale=True
+        ),
+        reduction="sum",
+    )
+
+
+def released_bevformer() -> DistillConfig:
+    """The launch script's settings for a BEVFormer student and a LiDARFormer or MVPFormer teacher."""
+    return DistillConfig(
+        taps=(
+            TapConfig(
+                attention=AttentionConfig(temperature=0.5, student_share=None),
+                foreground=TermConfig(weight=5e-3),
+                background=TermConfig(weight=4e-3),
+                attention_imitation=AttentionTermConfig(weight=5e-4),
+            ),
+        ),
+        regions=RegionConfig(min_one_cell=False, object_scale="box_area", combined_scale=True),
+        reduction="sum",
+    )
+
+
+Z_SCORES = ChannelStandardiseConfig()
+HALO_IGNORED = RegionConfig(halo="ignored")
+
+
+def clean(
+    taps: Sequence[str] = ("head",),
+    *,
+    weight: float = 0.1,
+    normalise: NormaliseConfig | None = Z_SCORES,
+    regions: RegionConfig = HALO_IGNORED,
+) -> DistillConfig:
+    """Imitation that keeps its size whatever the teacher, the channels and the objects are.
+
+    Against the release: cell centres, every object covers a cell, the surroundings of objects are left alone,
+    z-scored teacher channels, attention standardised before its softmax, errors averaged over channels. The
+    false-positive term is on at the map before the head only, as published.
+    """
+    attention = AttentionConfig(standardise=True)
+    return DistillConfig(
+        taps=tuple(
+            TapConfig(
+                student=name,
+                teacher=name,
+                normalise=normalise,
+                attention=attention,
+                foreground=TermConfig(weight=1.0),
+                background=TermConfig(weight=8.0),
+                false_positive=FalsePositiveConfig(weight=8.0, channel_temperature=None)
+                if name == "head"
+                else None,
+            )
+            for name in taps
+        ),
+        weight=weight,
+        regions=regions,
+        reduction="mean",
+    )
