@@ -1,7 +1,7 @@
 """CenterHead against golden f_centerhead: targets, losses, gradients, decoding and all three kinds of NMS.
 
-The golden speaks mmdetection3d 0.17: bottom centre, (w, l, h), clockwise yaw' = -yaw - pi/2, labels in the order of
-the tasks. Everything is converted here; the code under test sees our boxes and maps only.
+The golden speaks mmdetection3d 0.17: bottom centre, (w, l, h), clockwise yaw' = -yaw - pi/2, labels in the
+order of the tasks. Everything is converted here; the code under test sees our boxes and maps only.
 """
 
 import math
