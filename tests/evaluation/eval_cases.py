@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -151,7 +150,7 @@ def results_json(scenes: list[Scene]) -> str:
 
 
 def devkit_metrics(scenes: list[Scene], results_path: Path, config: DetectionEvalConfig):
-    """The official evaluation of a results file: (DetectionMetrics, DetectionMetricDataList) of the devkit."""
+    """The official evaluation of a results file: the devkit's metrics and its list of curves."""
     from nuscenes.eval.common.loaders import (
         add_center_dist,
         filter_eval_boxes,
