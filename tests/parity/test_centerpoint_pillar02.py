@@ -1,4 +1,4 @@
-"""CenterPoint with 0.2 m pillars against golden a_centerpoint_pillar02, from points to head maps and gradients.
+"""CenterPoint with 0.2 m pillars against golden a_centerpoint_pillar02, from points to gradients.
 
 The golden has maps in the old box convention (width first, clockwise yaw). Weights are brought to ours by
 turning the output channels of the dim and rot branches, gradients are turned back the same way.

@@ -103,49 +103,39 @@ class CenterHead(nn.Module):
         self.map_channels = [{**BOX_MAPS, "heatmap": len(task)} for task in config.tasks]
         if config.branch_channels is None:
             # One convolution for all maps: thirty-six small ones would each read the shared map again.
-            widths = [width for task in self.map_channels for width in task.values()]
-            self.task_heads = nn.Conv2d(shared, sum(widths), kernel_size=1)
+            widths = [(name, width) for task in self.map_channels for name, width in task.items()]
+            self.task_heads = nn.Conv2d(shared, sum(width for _, width in widths), kernel_size=1)
+            biases = torch.cat([torch.full((width,), initial_bias(name)) for name, width in widths])
+            self.task_heads.bias = nn.Parameter(biases)
         else:
             self.task_heads = nn.ModuleList(
-                nn.ModuleDict({name: self._branch(width) for name, width in task.items()})
+                Branches({name: self._branch(name, width) for name, width in task.items()})
                 for task in self.map_channels
             )
-        self._initialise()
-
-    def _branch(self, out_channels: int) -> nn.Sequential:
-        config = self.config
-        assert config.branch_channels is not None
-        widths = [config.shared_channels] + [config.branch_channels] * config.branch_convs
-        hidden = [
-            conv_bn_relu(widths[i], widths[i + 1], config.branch_kernel) for i in range(config.branch_convs)
-        ]
-        kernel = config.branch_kernel
-        return nn.Sequential(*hidden, nn.Conv2d(widths[-1], out_channels, kernel, padding=kernel // 2))
-
-    def _initialise(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d) and module.bias is None:
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        if isinstance(self.task_heads, nn.Conv2d):
-            assert self.task_heads.bias is not None
-            biases = self.task_heads.bias.detach().split(
-                [w for task in self.map_channels for w in task.values()]
-            )
-            names = [name for task in self.map_channels for name in task]
-            for name, bias in zip(names, biases, strict=True):
-                nn.init.constant_(bias, INITIAL_HEATMAP_BIAS if name == "heatmap" else 0.0)
-        else:
-            for task in self.task_heads:
-                for name, branch in task.items():
-                    nn.init.constant_(branch[-1].bias, INITIAL_HEATMAP_BIAS if name == "heatmap" else 0.0)
+
+    def _branch(self, name: str, out_channels: int) -> nn.Sequential:
+        config = self.config
+        assert config.branch_channels is not None
+        kernel = config.branch_kernel
+        layers: list[nn.Module] = []
+        channels = config.shared_channels
+        for _ in range(config.branch_convs):
+            layers.append(conv_bn_relu(channels, config.branch_channels, kernel))
+            channels = config.branch_channels
+        output = nn.Conv2d(channels, out_channels, kernel, padding=kernel // 2)
+        output.bias = nn.Parameter(torch.full((out_channels,), initial_bias(name)))
+        return nn.Sequential(*layers, output)
 
     def forward(self, bev: Tensor) -> list[dict[str, Tensor]]:
         """(B, C, Y, X) -> one dict of raw maps (B, c, Y, X) per task."""
         shared = self.shared_conv(bev)
         if not isinstance(self.task_heads, nn.Conv2d):
-            return [{name: branch(shared) for name, branch in task.items()} for task in self.task_heads]
-        maps = self.task_heads(shared)
-        per_task = maps.split([sum(task.values()) for task in self.map_channels], dim=1)
+            return [branches(shared) for branches in self.task_heads]
+        all_maps = self.task_heads(shared)
+        per_task = all_maps.split([sum(widths.values()) for widths in self.map_channels], dim=1)
         return [
             dict(zip(widths, maps.split(list(widths.values()), dim=1), strict=True))
             for widths, maps in zip(self.map_channels, per_task, strict=True)
@@ -234,6 +224,18 @@ class CenterHead(nn.Module):
             kept = kept[suppress(config.nms[task], kept.boxes, kept.labels)]
             detections.append(Boxes3D(kept.boxes, label_of[kept.labels], kept.scores))
         return detections
+
+
+class Branches(nn.ModuleDict):
+    """The branches of one task: the same map in, one map out of each."""
+
+    def forward(self, shared: Tensor) -> dict[str, Tensor]:
+        return {name: branch(shared) for name, branch in self.items()}
+
+
+def initial_bias(map_name: str) -> float:
+    """Of an output convolution. Heatmaps start at a score of 0.1, since most cells are empty."""
+    return -2.19 if map_name == "heatmap" else 0.0
 
 
 def conv_bn_relu(in_channels: int, out_channels: int, kernel: int) -> nn.Sequential:

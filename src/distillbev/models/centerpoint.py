@@ -78,6 +78,11 @@ class CenterPoint(nn.Module):
         self.neck = SecondFpn(config.neck, self.backbone.out_channels, momentum)
         self.head = CenterHead(config.head, self.neck.out_channels, config.head_grid)
 
+    @property
+    def bev_channels(self) -> dict[str, int]:
+        stages = {f"stage{i}": channels for i, channels in enumerate(self.backbone.out_channels)}
+        return {**stages, "head": self.neck.out_channels}
+
     def forward(self, batch: Batch) -> DetectorOutput:
         """Reads `batch.points` only.
 

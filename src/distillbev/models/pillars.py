@@ -99,7 +99,8 @@ class DynamicPillars(nn.Module):
         self.pfn_layers = nn.ModuleList(
             nn.Sequential(
                 nn.Linear(in_channels, out_channels, bias=False),
-                nn.BatchNorm1d(out_channels, eps=NORM_EPS, momentum=norm_momentum),
+                PointNorm(out_channels, eps=NORM_EPS, momentum=norm_momentum),
+                nn.ReLU(inplace=True),
             )
             for in_channels, out_channels in zip(widths, config.channels, strict=True)
         )
@@ -130,8 +131,7 @@ class DynamicPillars(nn.Module):
             for i, layer in enumerate(self.pfn_layers):
                 if i > 0:
                     features = torch.cat([features, pooled[pillar]], dim=1)
-                linear, norm = layer
-                features = batch_norm(norm, linear(features)).relu()
+                features = layer(features)
                 pooled = self._pool(features, pillar, counts)
         return pooled, pillar_cells
 
@@ -202,13 +202,13 @@ class PillarLayer(nn.Module):
         self.last = last
         self.reduction = reduction
         self.linear = nn.Linear(in_channels, width, bias=False)
-        self.norm = nn.BatchNorm1d(width, eps=NORM_EPS, momentum=norm_momentum)
+        self.norm = PointNorm(width, eps=NORM_EPS, momentum=norm_momentum)
 
     def forward(self, features: Tensor, counts: Tensor) -> Tensor:
         """(N, S, F) and counts (N, 1, 1) -> (N, 1 or S, C)."""
         # Batch statistics are summed more exactly over a contiguous (N, C, S) tensor.
         channels_first = self.linear(features).transpose(1, 2).contiguous()
-        own = batch_norm(self.norm, channels_first).transpose(1, 2).relu()
+        own = self.norm(channels_first).transpose(1, 2).relu()
         if self.reduction == "max":
             pooled = own.amax(dim=1, keepdim=True) if len(own) else own[:, :1]
         else:
@@ -216,13 +216,15 @@ class PillarLayer(nn.Module):
         return pooled if self.last else torch.cat([own, pooled.expand_as(own)], dim=-1)
 
 
-def batch_norm(norm: nn.BatchNorm1d, features: Tensor) -> Tensor:
+class PointNorm(nn.BatchNorm1d):
     """Batch norm that survives clouds of no point or a single one: there it takes the running statistics."""
-    if norm.training and features.numel() <= features.shape[1]:
-        return functional.batch_norm(
-            features, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, eps=norm.eps
-        )
-    return norm(features)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training and input.numel() <= input.shape[1]:
+            return functional.batch_norm(
+                input, self.running_mean, self.running_var, self.weight, self.bias, False, eps=self.eps
+            )
+        return super().forward(input)
 
 
 def _num_cells(grid: BevGrid) -> int:
