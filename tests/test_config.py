@@ -1,0 +1,62 @@
+import pytest
+
+from distillbev.config import read_config, with_overrides, write_config
+from distillbev.errors import ConfigError
+from distillbev.train.experiment import Experiment, OptimConfig
+from distillbev.train.schedule import ScheduleConfig, learning_rate_factor
+
+
+def test_written_config_reads_back_equal(tmp_path):
+    config = OptimConfig(steps=12, schedule=ScheduleConfig(shape="cosine", warmup_share=0.1))
+    write_config(config, tmp_path / "optim.yaml")
+    assert read_config(tmp_path / "optim.yaml", OptimConfig) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("steps: 10\nstepz: 3\n", "stepz"),
+        ("steps: ten\n", r"steps"),
+        ("steps: 0\n", "choose 1 or more"),
+        ("steps: [\n", "not a valid OptimConfig"),
+    ],
+)
+def test_faulty_config_is_refused_with_file_and_key(tmp_path, text, message):
+    path = tmp_path / "optim.yaml"
+    path.write_text("type: OptimConfig\n" + text)
+    with pytest.raises(ConfigError, match=message) as caught:
+        read_config(path, OptimConfig)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_overrides_change_nested_settings_only():
+    config = with_overrides(OptimConfig(), ["steps=7", "schedule.warmup_share=0.5"])
+    assert config.steps == 7
+    assert config.schedule.warmup_share == 0.5
+    assert config.learning_rate == OptimConfig().learning_rate
+
+
+@pytest.mark.parametrize("override", ["stepz=7", "steps", "schedule.nothing=1", "steps.deep=1"])
+def test_override_of_an_unknown_key_names_the_known_ones(override):
+    with pytest.raises(ConfigError, match="one of"):
+        with_overrides(OptimConfig(), [override])
+
+
+def test_experiment_without_anything_to_train_is_refused():
+    with pytest.raises(ConfigError, match="trains nothing"):
+        Experiment(name="empty")
+
+
+def test_one_cycle_rises_to_the_peak_and_falls_to_almost_nothing():
+    config = ScheduleConfig(shape="one_cycle", warmup_share=0.3)
+    factors = [learning_rate_factor(config, step, 101) for step in range(101)]
+    assert factors[30] == pytest.approx(1.0)
+    assert factors == sorted(factors[:31]) + sorted(factors[31:], reverse=True)
+    assert factors[100] == pytest.approx(config.final_factor)
+
+
+def test_step_schedule_divides_by_ten_at_each_milestone():
+    config = ScheduleConfig(shape="step", warmup_share=0.0, milestones=(0.5, 0.75))
+    factors = [learning_rate_factor(config, step, 101) for step in (0, 49, 50, 75)]
+    assert factors == pytest.approx([1, 1, 0.1, 0.01])
