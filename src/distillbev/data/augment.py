@@ -99,8 +99,8 @@ class ImageAugmentation:
         w, h = self.size_wh_px
         per_pixel = 1 / (self.scale * decoded.reduction)  # decoded pixels per network pixel
         # The part of the crop that the image covers, in whole network pixels.
-        right = min(self.left + w, int(decoded.image.width / per_pixel + 1e-6))
-        bottom = min(self.top + h, int(decoded.image.height / per_pixel + 1e-6))
+        right = min(self.left + w, int(decoded.source_wh_px[0] * self.scale + 1e-6))
+        bottom = min(self.top + h, int(decoded.source_wh_px[1] * self.scale + 1e-6))
         left, top = max(self.left, 0), max(self.top, 0)
         if right <= left or bottom <= top:
             return Image.new("RGB", (w, h))

@@ -16,9 +16,10 @@ from .schema import CameraFrame
 
 @dataclass(frozen=True)
 class DecodedImage:
-    """An RGB image whose pixels are `reduction` source pixels wide (1, 2, 4 or 8)."""
+    """An RGB image of which each pixel is `reduction` source pixels wide (1, 2, 4 or 8)."""
 
     image: Image.Image
+    source_wh_px: tuple[int, int]
     reduction: int
     exact: bool
 
@@ -40,7 +41,7 @@ def load_image(camera: CameraFrame, scale: float | None = None, exact: bool = Fa
         size_wh_px = image.size
         if size_wh_px == camera.size_wh_px:
             if scale is not None and not exact:
-                image.draft("RGB", (int(size_wh_px[0] * scale), int(size_wh_px[1] * scale)))
+                image.draft("RGB", (max(int(size_wh_px[0] * scale), 1), max(int(size_wh_px[1] * scale), 1)))
             image = image.convert("RGB")
     except FileNotFoundError:
         raise DataError(f"{camera.path}: no such image, though the tables name it; copy it again") from None
@@ -55,4 +56,4 @@ def load_image(camera: CameraFrame, scale: float | None = None, exact: bool = Fa
             f"{camera.size_wh_px[0]}x{camera.size_wh_px[1]}; the intrinsics belong to the latter: mend the "
             "table or restore the original image"
         )
-    return DecodedImage(image, reduction=round(size_wh_px[0] / image.size[0]), exact=exact)
+    return DecodedImage(image, size_wh_px, reduction=round(size_wh_px[0] / image.size[0]), exact=exact)
