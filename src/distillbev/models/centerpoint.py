@@ -13,6 +13,7 @@ from ..config import Config
 from ..data.schema import Batch
 from ..errors import ConfigError, DataError
 from ..grid import BevGrid
+from .bev_encoder import TopDownNeck, TopDownNeckConfig
 from .center_head import CenterHead, CenterHeadConfig
 from .outputs import BevMap, DetectorOutput
 from .pillars import DynamicPillars, DynamicPillarsConfig, HardPillars, HardPillarsConfig
@@ -29,7 +30,7 @@ class CenterPointConfig(Config, frozen=True):
     grid: BevGrid = BevGrid(cell_m=0.2)
     pillars: HardPillarsConfig | DynamicPillarsConfig = HardPillarsConfig()
     backbone: SecondConfig = SecondConfig()
-    neck: SecondFpnConfig = SecondFpnConfig()
+    neck: SecondFpnConfig | TopDownNeckConfig = SecondFpnConfig()
     head: CenterHeadConfig = CenterHeadConfig()
     norm_momentum: float = 0.01
 
@@ -51,15 +52,24 @@ class CenterPointConfig(Config, frozen=True):
     @property
     def head_grid(self) -> BevGrid:
         """The grid of the neck's result, on which the head works."""
-        levels = list(zip(self.stage_grids, self.neck.upsample, strict=True))
-        shapes = {grid.coarser(1 / factor).shape for grid, factor in levels}
-        if len(shapes) != 1:
+        if isinstance(self.neck, TopDownNeckConfig):
+            return self.stage_grids[0]
+        if len(self.neck.upsample) != len(self.stage_grids):
             raise ConfigError(
-                f"neck.upsample={self.neck.upsample} brings the stages to maps of {sorted(shapes)}; "
+                f"neck.upsample={self.neck.upsample} for {len(self.stage_grids)} stages of the backbone; "
+                "give one factor per stage"
+            )
+        levels = [
+            grid.coarser(1 / factor)
+            for grid, factor in zip(self.stage_grids, self.neck.upsample, strict=True)
+        ]
+        if len({level.shape for level in levels}) != 1:
+            raise ConfigError(
+                f"neck.upsample={self.neck.upsample} brings the stages to maps of "
+                f"{[level.shape for level in levels]}; "
                 f"choose factors that undo backbone.strides={self.backbone.strides}"
             )
-        grid, factor = levels[0]
-        return grid.coarser(1 / factor)
+        return levels[0]
 
 
 class CenterPoint(nn.Module):
@@ -75,7 +85,11 @@ class CenterPoint(nn.Module):
             else DynamicPillars(config.pillars, config.grid, momentum)
         )
         self.backbone = Second(config.backbone, self.pillars.out_channels, momentum)
-        self.neck = SecondFpn(config.neck, self.backbone.out_channels, momentum)
+        self.neck = (
+            SecondFpn(config.neck, self.backbone.out_channels, momentum)
+            if isinstance(config.neck, SecondFpnConfig)
+            else TopDownNeck(self.backbone.out_channels, config.neck.out_channels, config.neck.upsample)
+        )
         self.head = CenterHead(config.head, self.neck.out_channels, config.head_grid)
 
     @property
