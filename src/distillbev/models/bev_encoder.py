@@ -1,4 +1,4 @@
-"""From the lifted map to the map that enters the head: residual stages, then a neck that brings them together.
+"""From the lifted map to the map that enters the head: residual stages, and a neck that joins them.
 
 Source: BEVDet (arXiv:2112.11790), section 3.2; the top-down neck is a feature pyramid's (arXiv:1612.03144).
 Letters: B batch, C channels, Y X rows and columns.
@@ -41,7 +41,7 @@ class BevEncoderConfig(Config, frozen=True):
 class LssNeckConfig(Config, frozen=True):
     """Joins the first and the last stage at the first's size, then at `extra_upsample` times that size.
 
-    `extra_norm_act` ends the neck in batch norm and ReLU, so that its map can match a teacher's rectified one.
+    `extra_norm_act` ends the neck in batch norm and ReLU, to match the rectified map of a teacher.
     `align_corners` is how published weights were trained; it shifts what it enlarges, by up to half an input
     cell at the borders.
     """
@@ -53,7 +53,7 @@ class LssNeckConfig(Config, frozen=True):
 
 
 class TopDownNeckConfig(Config, frozen=True):
-    """Brings all stages to one width and adds them up, coarse to fine; the result has the finest one's size."""
+    """Brings all stages to one width and adds them up, coarse to fine, at the size of the finest."""
 
     out_channels: int = 256
     upsample: Literal["bilinear", "nearest"] = "bilinear"
