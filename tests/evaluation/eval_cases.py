@@ -1,4 +1,4 @@
-"""Small evaluations in three forms: our samples and detections, the official results file, the devkit's objects."""
+"""Small evaluations in three forms: our samples and boxes, a results file, the devkit's objects."""
 
 from __future__ import annotations
 

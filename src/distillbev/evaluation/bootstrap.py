@@ -274,7 +274,7 @@ class _Between:
     def of(hits: NDArray[np.int64], hit_below: NDArray[np.int64], positives: NDArray[np.int64]) -> _Between:
         total = hits[:, -1:]
         safe = np.maximum(positives, 1)[:, None]
-        beyond = RECALLS > total / safe
+        beyond = total / safe < RECALLS
         return _Between(
             next_match=np.minimum(_first_above(hits, hit_below), hits.shape[1] - 1),
             hit_below=hit_below,

@@ -1,7 +1,7 @@
 """Says in words which mix-up of conventions a set of detections suffers from.
 
-Right mAP with mAOE about pi/2 and mASE about 0.7, or mAP 0 on one's own data, mostly comes from boxes in another
-convention. Each known mix-up is undone on trial; the one that makes detections fit is named.
+Right mAP with mAOE about pi/2 and mASE about 0.7, or mAP 0 on one's own data, mostly comes from boxes in
+another convention. Each known mix-up is undone on trial; the one that makes detections fit is named.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def diagnose(
     """Looks for mixed-up conventions in the surest detections, as many as there are annotated boxes.
 
     Found are: mirrored or turned placement, boxes left in the LiDAR frame; a constant offset; an offset along
-    the ego vehicle's way; z of the bottom or the top; sizes in another order; headings in another convention, or
-    right but for front and rear. What lies behind a placement fault is judged with that fault undone.
+    the ego vehicle's way; z of the bottom or the top; sizes in another order; headings in another convention,
+    or right but for front and rear. What lies behind a placement fault is judged with that fault undone.
 
     Returns:
         findings, the gravest first; empty when nothing is wrong or fewer than MIN_PAIRS boxes match.
@@ -94,7 +94,7 @@ _PLACEMENTS: dict[str, Array] = {
 def _find_placement(
     truth: EvalBoxes, detections: EvalBoxes, ground_truth: GroundTruth
 ) -> tuple[EvalBoxes, Finding] | None:
-    """The mix-up of axes or frames that, undone, brings far more detections onto boxes; and the mended boxes."""
+    """The mix-up of axes or frames that, undone, matches far more boxes; with the mended boxes."""
     lidar2global = ground_truth.lidar2global[detections.sample_index]
     in_lidar = _moved(detections, invert_rigid(lidar2global))
     candidates = {"left in the LiDAR frame, not carried to the global one": _moved(detections, lidar2global)}
@@ -107,8 +107,9 @@ def _find_placement(
     if counts[best] < max(MIN_PAIRS, 2 * now):
         return None
     message = (
-        f"boxes are {best}: undone, {counts[best]} of {len(detections)} detections lie within 2 m of their box, "
-        f"as they are {now}; carry boxes through the same matrices as points (x right, y forward in the LiDAR frame)"
+        f"boxes are {best}: undone, {counts[best]} of {len(detections)} detections lie within 2 m of their "
+        f"box, as they are {now}; carry boxes through the same matrices as points (LiDAR frame: x right, y "
+        "forward)"
     )
     return candidates[best], Finding("placement", message)
 
@@ -128,9 +129,9 @@ def _find_offset(pairs: _Pairs, ground_truth: GroundTruth) -> Finding | None:
         ):
             return Finding(
                 "ego_motion",
-                f"boxes are displaced along the ego vehicle's way, by {share:+.2f} of the way since the previous "
-                "sample, so that fast scenes suffer most; use the ego pose of the key LiDAR sweep, not that of "
-                "another time stamp",
+                f"boxes are displaced along the ego vehicle's way, by {share:+.2f} of the way since the "
+                "previous sample, so that fast scenes suffer most; use the ego pose of the key LiDAR sweep, "
+                "not that of another time stamp",
             )
     if np.linalg.norm(constant) < 0.25 or np.linalg.norm(constant) < spread:
         return None
@@ -222,16 +223,16 @@ def _find_heading(pairs: _Pairs) -> Finding | None:
     if corrected[best] < 0.5 * as_given:
         return Finding(
             "heading",
-            f"headings are in another convention: the true one is {best} in the LiDAR frame (orientation error "
-            f"{as_given:.2f} rad, so corrected {corrected[best]:.2f}); yaw is counter-clockwise from +x here",
+            f"headings are in another convention: the true one is {best} in the LiDAR frame (orientation "
+            f"error {as_given:.2f} rad, corrected {corrected[best]:.2f}); yaw is counter-clockwise from +x",
         )
     axis_error = float(np.minimum(error, np.pi - error).mean())
     reversed_share = float((error > np.pi / 2).mean())
     if axis_error < 0.3 and reversed_share > 0.2:
         return Finding(
             "heading_sense",
-            f"heading axes fit ({axis_error:.2f} rad) but {reversed_share:.0%} point backwards: front and rear are "
-            "not told apart; a target that is lost modulo pi, or a detector not trained long enough",
+            f"heading axes fit ({axis_error:.2f} rad) but {reversed_share:.0%} point backwards: front and "
+            "rear are not told apart; a target that is lost modulo pi, or a detector not trained long enough",
         )
     return None
 
@@ -289,7 +290,7 @@ def _ego_in_lidar(ground_truth: GroundTruth) -> Array:
 
 
 def _way_since_previous_sample(ground_truth: GroundTruth) -> Array:
-    """(S, 2) how far the ego vehicle came since the sample before, in the LiDAR frame; NaN in a scene's first."""
+    """(S, 2) the way of the ego vehicle since the sample before, LiDAR frame; NaN in a scene's first one."""
     way = np.full_like(ground_truth.ego_xy_m, np.nan)
     same = np.array(ground_truth.scenes[1:]) == np.array(ground_truth.scenes[:-1])
     way[1:][same] = np.diff(ground_truth.ego_xy_m, axis=0)[same]
