@@ -10,7 +10,7 @@ not: bfloat16 places a point 50 m away no better than to 0.25 m.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,8 @@ class DynamicPillarsConfig(Config, frozen=True):
 
     Each layer but the first also sees the pillar's maximum of the layer before. `intensity_scale` multiplies
     the fourth column: 1 keeps the 0-255 that published weights expect, 1/255 brings it to the others' range.
+    `virtual_flag_column` is where points tell whether a sensor measured them (`data.virtual_points`): there the
+    network sees 1 for virtual points and 0 for all others.
     """
 
     channels: tuple[int, ...] = (64,)
@@ -37,9 +39,16 @@ class DynamicPillarsConfig(Config, frozen=True):
     intensity_scale: float = 1.0
     reduction: Reduction = "max"
     with_distance: bool = False
+    virtual_flag_column: int | None = None
 
     def __post_init__(self) -> None:
         _check(self.channels, self.point_features, self.z_range_m)
+        column = self.virtual_flag_column
+        if column is not None and not 3 <= column < self.point_features:
+            raise ConfigError(
+                f"virtual_flag_column={column}; points of {self.point_features} columns have measurements "
+                f"in columns 3 to {self.point_features - 1}"
+            )
 
 
 class HardPillarsConfig(Config, frozen=True):
@@ -113,6 +122,9 @@ class DynamicPillars(nn.Module):
     def encode(self, points: list[Tensor]) -> tuple[Tensor, Tensor]:
         """(P, F) clouds -> features (N, C) and ascending cells (N,) of the occupied pillars."""
         flat, cells = flatten_batch(points, self.config, self.grid)
+        if self.config.virtual_flag_column is not None:
+            flag = flat[:, self.config.virtual_flag_column]
+            flag.copy_(flag < 0)  # `flat` is ours, the caller's points keep their flags
         counts = torch.bincount(cells, minlength=len(points) * _num_cells(self.grid))
         # Numbering the occupied cells by a running sum needs no sort, which `unique` would.
         occupied = counts > 0
@@ -210,7 +222,7 @@ class PillarLayer(nn.Module):
         channels_first = self.linear(features).transpose(1, 2).contiguous()
         own = self.norm(channels_first).transpose(1, 2).relu()
         if self.reduction == "max":
-            pooled = own.amax(dim=1, keepdim=True) if len(own) else own[:, :1]
+            pooled = own.amax(dim=1, keepdim=True)
         else:
             pooled = own.sum(dim=1, keepdim=True) / counts
         return pooled if self.last else torch.cat([own, pooled.expand_as(own)], dim=-1)
@@ -240,24 +252,34 @@ def cell_centres(cells: Tensor, grid: BevGrid) -> Tensor:
     return index * grid.cell_m + torch.tensor(low, device=cells.device)
 
 
-def point_cells(points: Tensor, grid: BevGrid, z_range_m: tuple[float, float]) -> Tensor:
-    """(P, >=3) points -> (P,) int64, row * X + column of the cell below each, -1 outside the ranges.
+def point_cells(points: Tensor, grid: BevGrid, z_range_m: tuple[float, float], num_layers: int = 1) -> Tensor:
+    """(P, >=3) points -> (P,) int64, (layer * Y + row) * X + column of each one's cell, -1 outside the ranges.
 
-    Lower limits are inside, upper ones outside. Float32 and a true division, as voxelisation is done
-    everywhere
+    Lower limits are inside, upper ones outside. Float32 and a true division, as voxelisation is done everywhere
     else: in float64, or times the reciprocal, points on a border would change cells.
     """
     rows, columns = grid.shape
     low = points.new_tensor([grid.x_range_m[0], grid.y_range_m[0], z_range_m[0]])
-    size = points.new_tensor([grid.cell_m, grid.cell_m, z_range_m[1] - z_range_m[0]])
+    size = points.new_tensor([grid.cell_m, grid.cell_m, (z_range_m[1] - z_range_m[0]) / num_layers])
     cell = ((points[:, :3] - low) / size).floor()
-    inside = ((cell >= 0) & (cell < cell.new_tensor([columns, rows, 1]))).all(dim=1)  # False for NaN
-    column, row, _ = torch.where(inside[:, None], cell, 0).long().unbind(dim=1)
-    return torch.where(inside, row * columns + column, -1)
+    inside = ((cell >= 0) & (cell < cell.new_tensor([columns, rows, num_layers]))).all(dim=1)  # False for NaN
+    column, row, layer = torch.where(inside[:, None], cell, 0).long().unbind(dim=1)
+    return torch.where(inside, (layer * rows + row) * columns + column, -1)
+
+
+class PointFormat(Protocol):
+    """What every point encoder's configuration says about the points it takes."""
+
+    @property
+    def point_features(self) -> int: ...
+    @property
+    def z_range_m(self) -> tuple[float, float]: ...
+    @property
+    def intensity_scale(self) -> float: ...
 
 
 def flatten_batch(
-    points: list[Tensor], config: DynamicPillarsConfig | HardPillarsConfig, grid: BevGrid
+    points: list[Tensor], config: PointFormat, grid: BevGrid, num_layers: int = 1
 ) -> tuple[Tensor, Tensor]:
     """Clouds of a batch -> (P, F) points inside the ranges and (P,) their cells, numbered over the batch.
 
@@ -273,12 +295,12 @@ def flatten_batch(
     flat = torch.cat(points).float()
     lengths = torch.tensor([len(cloud) for cloud in points], device=flat.device)
     sample = torch.arange(len(points), device=flat.device).repeat_interleave(lengths)
-    cells = point_cells(flat, grid, config.z_range_m)
+    cells = point_cells(flat, grid, config.z_range_m, num_layers)
     inside = (cells >= 0).nonzero().squeeze(1)
     flat = flat[inside]
     if config.intensity_scale != 1 and config.point_features > 3:
         flat[:, 3] *= config.intensity_scale
-    return flat, cells[inside] + sample[inside] * _num_cells(grid)
+    return flat, cells[inside] + sample[inside] * (num_layers * _num_cells(grid))
 
 
 def fill_slots(
