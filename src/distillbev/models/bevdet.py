@@ -5,6 +5,7 @@ Source: BEVDet (arXiv:2112.11790). Letters: B batch, N cameras, C channels, Y X 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from ..boxes import Boxes3D
@@ -22,16 +23,20 @@ from .bev_encoder import (
 )
 from .center_head import CenterHead, CenterHeadConfig
 from .image_encoder import ImageEncoder, ImageEncoderConfig
-from .lift import DepthLift, LiftConfig
+from .lift import DepthLift, DepthLossConfig, LiftConfig, depth_loss, depth_targets
 from .outputs import BevMap, DetectorOutput
 
 
 class BevDetConfig(Config, frozen=True):
-    """The whole detector; the defaults are the published one with ResNet-50. `grid` is that of the lift."""
+    """The whole detector; the defaults are the published one with ResNet-50.
+
+    `grid` is that of the lift. `depth_loss` needs LiDAR points in training (the term "depth"), never later.
+    """
 
     grid: BevGrid = BevGrid()
     image_encoder: ImageEncoderConfig = ImageEncoderConfig()
     lift: LiftConfig = LiftConfig()
+    depth_loss: DepthLossConfig | None = None
     bev_encoder: BevEncoderConfig = BevEncoderConfig()
     bev_neck: BevNeckConfig = LssNeckConfig()
     head: CenterHeadConfig = CenterHeadConfig()
@@ -72,6 +77,8 @@ class BevDet(nn.Module):
         self.bev_encoder = BevEncoder(config.bev_encoder, self.lift.out_channels)
         self.bev_neck = build_bev_neck(config.bev_neck, self.bev_encoder.out_channels)
         self.head = CenterHead(config.head, self.bev_neck.out_channels, config.head_grid)
+        # Convolutions are faster so, in bfloat16 by a seventh; keys, shapes and values stay.
+        self.to(memory_format=torch.channels_last)
 
     @property
     def bev_channels(self) -> dict[str, int]:
@@ -99,10 +106,10 @@ class BevDet(nn.Module):
         return DetectorOutput(bev=maps, heads=self.head(bev), depth_logits=depth_logits)
 
     def loss(self, output: DetectorOutput, batch: Batch) -> dict[str, Tensor]:
-        """The head's weighted terms; their sum is the detection loss.
+        """Weighted terms whose sum is the detection loss: the head's, and "depth" if configured.
 
         Raises:
-            DataError: a sample has no labels.
+            DataError: a sample has no labels, or the depth loss has no points.
         """
         boxes = [sample for sample in batch.boxes if sample is not None]
         if len(boxes) < len(batch.boxes):
@@ -110,7 +117,27 @@ class BevDet(nn.Module):
             raise DataError(
                 f"no boxes for sample {unlabelled[0]}; train on labelled samples or give pseudo labels"
             )
-        return self.head.loss(output.heads, self.head.targets(boxes))
+        terms = self.head.loss(output.heads, self.head.targets(boxes))
+        if self.config.depth_loss is not None:
+            terms["depth"] = self.loss_of_depth(output, batch, self.config.depth_loss)
+        return terms
+
+    def loss_of_depth(self, output: DetectorOutput, batch: Batch, config: DepthLossConfig) -> Tensor:
+        """The depth term alone; it needs LiDAR points but no labels.
+
+        Raises:
+            DataError: the batch has no points.
+        """
+        if batch.points is None:
+            raise DataError("the depth loss needs LiDAR points, this batch has none; load them or drop it")
+        assert output.depth_logits is not None and batch.images is not None
+        H, W = output.depth_logits.shape[-2:]
+        height_px, width_px = batch.images.shape[-2:]
+        bins = self.config.lift.depth
+        targets = depth_targets(
+            batch.points, batch.cam2img, batch.cam2lidar, bins, (H, W), (height_px, width_px)
+        )
+        return depth_loss(output.depth_logits, targets, config)
 
     def decode(self, output: DetectorOutput) -> list[Boxes3D]:
         """Detections of every sample, in the (augmented) LiDAR frame of the batch."""

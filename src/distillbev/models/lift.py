@@ -8,7 +8,7 @@ Letters: B batch, N cameras, C channels, D depth bins, H W feature rows and colu
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -45,9 +45,9 @@ class DepthBins(Config, frozen=True):
 class LiftConfig(Config, frozen=True):
     """The lift. The last two switches give the reference's geometry back, for its published weights.
 
-    `z_range_m`: points above or below are dropped. `corner_aligned_pixels`: features lie from the first to the
-    last pixel of the image, not at the centres of their strides. `truncate_cells`: coordinates are rounded
-    towards zero, so that points up to a cell outside the lower borders count as inside.
+    `z_range_m`: points above or below are dropped. `corner_aligned_pixels`: features lie from the first to
+    the last pixel of the image, not at the centres of their strides. `truncate_cells`: coordinates are
+    rounded towards zero, so that points up to a cell outside the lower borders count as inside.
     """
 
     channels: int = 64
@@ -62,6 +62,17 @@ class LiftConfig(Config, frozen=True):
                 f"channels={self.channels}, z_range_m={self.z_range_m}; "
                 "expected 1 channel or more and a range from low to high"
             )
+
+
+class DepthLossConfig(Config, frozen=True):
+    """Teaches the depth bins from the key sweep's points, where they fall on the images.
+
+    Per feature cell with a point: `softmax_bce` sums the binary cross entropies of all bins' probabilities
+    (BEVDepth), `cross_entropy` takes the negative log likelihood of the true bin.
+    """
+
+    loss: Literal["softmax_bce", "cross_entropy"] = "softmax_bce"
+    weight: float = 3.0
 
 
 class DepthLift(nn.Module):
@@ -120,11 +131,14 @@ def feature_pixels(
         if corner_aligned:
             axes.append(torch.linspace(0, pixels - 1, cells))
         else:
-            # Strides are powers of two, and maps of odd images are rounded up.
-            stride = 2 ** round(math.log2(pixels / cells))
-            axes.append((torch.arange(cells) + 0.5) * stride)
+            axes.append((torch.arange(cells) + 0.5) * _stride_px(cells, pixels))
     v, u = torch.meshgrid(axes, indexing="ij")
     return torch.stack([u, v], dim=-1)
+
+
+def _stride_px(cells: int, pixels: int) -> int:
+    """Pixels per feature cell: a power of two, also where the map of an odd image was rounded up."""
+    return 2 ** round(math.log2(pixels / cells))
 
 
 def frustum_points(pixels: Tensor, bins: DepthBins, cam2img: Tensor, cam2lidar: Tensor) -> Tensor:
@@ -219,3 +233,60 @@ class _Splat(torch.autograd.Function):
             )
         (grad_probs,) = torch.autograd.grad(grad_context, weights, context)
         return grad_probs, grad_context.detach(), None, None
+
+
+def depth_targets(
+    points: list[Tensor],
+    cam2img: Tensor,
+    cam2lidar: Tensor,
+    bins: DepthBins,
+    feature_hw: tuple[int, int],
+    image_hw_px: tuple[int, int],
+) -> Tensor:
+    """Which depth bin each feature cell should choose, as the LiDAR sees it.
+
+    Args:
+        points: per sample (P, 5), see `Batch.points`; only the key sweep's (time 0) are used, as what moves is
+            elsewhere in older ones.
+        cam2img: (B, N, 4, 4).
+        cam2lidar: (B, N, 4, 4).
+        bins: the bins; a depth belongs to the nearest.
+        feature_hw: rows and columns of the feature map.
+        image_hw_px: rows and columns of the images.
+
+    Returns:
+        (B, N, H, W) int64: the bin of the nearest point in the cell, -1 where none has one.
+    """
+    (B, N), (H, W) = cam2img.shape[:2], feature_hw
+    strides = cam2img.new_tensor([_stride_px(W, image_hw_px[1]), _stride_px(H, image_hw_px[0])])
+    limits = torch.tensor([W, H], device=cam2img.device)
+    with torch.autocast(cam2img.device.type, enabled=False):
+        lidar2img = cam2img[..., :3, :3] @ torch.linalg.inv(cam2lidar)[..., :3, :]  # (B, N, 3, 4)
+        nearest = cam2img.new_full((B, N * H * W + 1), math.inf)  # the last entry takes what lies outside
+        for sample in range(B):
+            key_sweep = points[sample][points[sample][:, 4] == 0]
+            homogeneous = functional.pad(key_sweep[:, :3], (0, 1), value=1.0)  # (P, 4)
+            projected = torch.einsum("nij,pj->npi", lidar2img[sample], homogeneous)  # u*d, v*d, d
+            depth = projected[..., 2]
+            cell = (projected[..., :2] / depth.clamp(min=1e-3)[..., None] / strides).floor()
+            inside = (depth > 1e-3) & ((cell >= 0) & (cell < limits)).all(dim=-1)
+            camera = torch.arange(N, device=depth.device)[:, None] * (H * W)
+            index = torch.where(inside, camera + (cell[..., 1] * W + cell[..., 0]).long(), N * H * W)
+            nearest[sample].scatter_reduce_(0, index.flatten(), depth.flatten(), "amin")
+        chosen = ((nearest[:, :-1] - bins.start_m) / bins.step_m + 0.5).floor()
+    known = (chosen >= 0) & (chosen < bins.count)  # an empty cell is infinitely far
+    return torch.where(known, chosen, -1).long().view(B, N, H, W)
+
+
+def depth_loss(depth_logits: Tensor, targets: Tensor, config: DepthLossConfig) -> Tensor:
+    """(B, N, D, H, W) logits and (B, N, H, W) bins -> weighted loss, a mean over the cells that have a bin."""
+    known = targets >= 0
+    logits = depth_logits.float().movedim(2, -1)[known]  # (cells, D)
+    bins = targets[known]
+    with torch.autocast(logits.device.type, enabled=False):
+        if config.loss == "cross_entropy":
+            total = functional.cross_entropy(logits, bins, reduction="sum")
+        else:
+            one_hot = functional.one_hot(bins, logits.shape[1]).to(logits.dtype)
+            total = functional.binary_cross_entropy(logits.softmax(dim=1), one_hot, reduction="sum")
+    return config.weight * total / known.sum().clamp(min=1)
