@@ -274,21 +274,26 @@ def filter_boxes(boxes: EvalBoxes, racks: EvalBoxes, config: DetectionEvalConfig
     """Drops what does not count: out of the class's range, without any point, cycles in a bicycle rack."""
     keep = (boxes.ego_distance_m < config.ranges_m()[boxes.labels]) & (boxes.num_points != 0)
     cycles = np.isin(boxes.labels, [CLASSES.index("bicycle"), CLASSES.index("motorcycle")])
-    if len(racks):
-        racks_of_sample = np.bincount(racks.sample_index, minlength=len(boxes.tokens))
-        for row in np.flatnonzero(keep & cycles & (racks_of_sample[boxes.sample_index] > 0)):
-            here = racks[racks.sample_index == boxes.sample_index[row]]
-            keep[row] = not _inside_any(here, boxes.centre_m[row])
+    rows = np.flatnonzero(keep & cycles)
+    keep[rows[_in_a_rack(boxes[rows], racks)]] = False
     return boxes[keep]
 
 
-def _inside_any(racks: EvalBoxes, point_m: Array) -> bool:
-    """Whether a global point lies in one of the (upright) racks, borders included."""
-    x, y, z = (point_m - racks.centre_m).T
-    yaw = racks.yaw_rad()
-    along, across = np.cos(yaw) * x + np.sin(yaw) * y, np.cos(yaw) * y - np.sin(yaw) * x
-    inside = np.abs(np.stack([across, along, z], axis=-1)) <= racks.size_wlh_m / 2
-    return bool(inside.all(axis=1).any())
+def _in_a_rack(boxes: EvalBoxes, racks: EvalBoxes) -> NDArray[np.bool_]:
+    """(n,) whether each centre lies in an (upright) rack of its sample, borders included."""
+    racks = racks[np.argsort(racks.sample_index, kind="stable")]
+    counts = np.bincount(racks.sample_index, minlength=len(boxes.tokens))
+    starts = (np.cumsum(counts) - counts)[boxes.sample_index]
+    sizes = counts[boxes.sample_index]
+    box = np.repeat(np.arange(len(boxes)), sizes)  # (P,) every pair of a box and a rack of its sample
+    rack = np.repeat(starts - (np.cumsum(sizes) - sizes), sizes) + np.arange(len(box))
+    x, y, z = (boxes.centre_m[box] - racks.centre_m[rack]).T
+    cos, sin = np.cos(racks.yaw_rad())[rack], np.sin(racks.yaw_rad())[rack]
+    from_centre = np.stack([cos * y - sin * x, cos * x + sin * y, z], axis=-1)  # across, along, up
+    inside = (np.abs(from_centre) <= racks.size_wlh_m[rack] / 2).all(axis=1)
+    found = np.zeros(len(boxes), dtype=bool)
+    found[box[inside]] = True
+    return found
 
 
 def pair_errors(
