@@ -1,4 +1,4 @@
-"""CenterPoint: pillars, trunk, neck, centre head. The LiDAR detector that teaches.
+"""CenterPoint: pillars or voxels, trunk, neck, centre head. The LiDAR detector that teaches.
 
 Source: CenterPoint (arXiv:2006.11275) on PointPillars (arXiv:1812.05784).
 Letters: B batch, P points, C channels, Y X rows and columns.
@@ -18,17 +18,19 @@ from .center_head import CenterHead, CenterHeadConfig
 from .outputs import BevMap, DetectorOutput
 from .pillars import DynamicPillars, DynamicPillarsConfig, HardPillars, HardPillarsConfig
 from .second import Second, SecondConfig, SecondFpn, SecondFpnConfig
+from .voxels import SparseVoxels, SparseVoxelsConfig
 
 
 class CenterPointConfig(Config, frozen=True):
     """The whole detector; the defaults are the published one with 0.2 m pillars.
 
-    `grid` is that of the pillars; the head's follows from the strides. `norm_momentum` is that of the batch
-    norms before the head: published trainings are long and take 0.01, a run of some hundred steps wants 0.1.
+    `pillars` is the encoder of points and `grid` that of its pillars or voxels; the head's follows from the
+    strides. `norm_momentum` is that of the batch norms before the head: published trainings are long and take
+    0.01, a run of some hundred steps wants 0.1.
     """
 
     grid: BevGrid = BevGrid(cell_m=0.2)
-    pillars: HardPillarsConfig | DynamicPillarsConfig = HardPillarsConfig()
+    pillars: HardPillarsConfig | DynamicPillarsConfig | SparseVoxelsConfig = HardPillarsConfig()
     backbone: SecondConfig = SecondConfig()
     neck: SecondFpnConfig | TopDownNeckConfig = SecondFpnConfig()
     head: CenterHeadConfig = CenterHeadConfig()
@@ -43,7 +45,11 @@ class CenterPointConfig(Config, frozen=True):
     def stage_grids(self) -> tuple[BevGrid, ...]:
         """The grid of each stage of the backbone, fine to coarse."""
         grids = []
-        grid = self.grid
+        grid = (
+            self.grid.coarser(self.pillars.stride)
+            if isinstance(self.pillars, SparseVoxelsConfig)
+            else self.grid
+        )
         for stride in self.backbone.strides:
             grid = grid.coarser(stride)
             grids.append(grid)
@@ -79,11 +85,13 @@ class CenterPoint(nn.Module):
         super().__init__()
         self.config = config
         momentum = config.norm_momentum
-        self.pillars = (
-            HardPillars(config.pillars, config.grid, momentum)
-            if isinstance(config.pillars, HardPillarsConfig)
-            else DynamicPillars(config.pillars, config.grid, momentum)
-        )
+        match config.pillars:
+            case HardPillarsConfig():
+                self.pillars = HardPillars(config.pillars, config.grid, momentum)
+            case DynamicPillarsConfig():
+                self.pillars = DynamicPillars(config.pillars, config.grid, momentum)
+            case SparseVoxelsConfig():
+                self.pillars = SparseVoxels(config.pillars, config.grid, momentum)
         self.backbone = Second(config.backbone, self.pillars.out_channels, momentum)
         self.neck = (
             SecondFpn(config.neck, self.backbone.out_channels, momentum)

@@ -29,8 +29,8 @@ class DynamicPillarsConfig(Config, frozen=True):
 
     Each layer but the first also sees the pillar's maximum of the layer before. `intensity_scale` multiplies
     the fourth column: 1 keeps the 0-255 that published weights expect, 1/255 brings it to the others' range.
-    `virtual_flag_column` is where points tell whether a sensor measured them (`data.virtual_points`): there the
-    network sees 1 for virtual points and 0 for all others.
+    `virtual_flag_column` is where points tell whether a sensor measured them (`data.virtual_points`): there
+    the network sees 1 for virtual points and 0 for all others.
     """
 
     channels: tuple[int, ...] = (64,)
@@ -253,10 +253,10 @@ def cell_centres(cells: Tensor, grid: BevGrid) -> Tensor:
 
 
 def point_cells(points: Tensor, grid: BevGrid, z_range_m: tuple[float, float], num_layers: int = 1) -> Tensor:
-    """(P, >=3) points -> (P,) int64, (layer * Y + row) * X + column of each one's cell, -1 outside the ranges.
+    """(P, >=3) points -> (P,) int64, (layer * Y + row) * X + column of each, -1 outside the ranges.
 
-    Lower limits are inside, upper ones outside. Float32 and a true division, as voxelisation is done everywhere
-    else: in float64, or times the reciprocal, points on a border would change cells.
+    Lower limits are inside, upper ones outside. Float32 and a true division, as voxelisation is done
+    everywhere else: in float64, or times the reciprocal, points on a border would change cells.
     """
     rows, columns = grid.shape
     low = points.new_tensor([grid.x_range_m[0], grid.y_range_m[0], z_range_m[0]])
