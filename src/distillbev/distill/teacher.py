@@ -14,7 +14,7 @@ from ..boxes import Boxes3D
 from ..config import Config
 from ..data.schema import Batch
 from ..errors import ConfigError
-from ..models.outputs import BevMap
+from ..models.outputs import BevMap, QueryPredictions
 from .masks import class_heat
 
 FetchMaps = Callable[[Any], Mapping[str, BevMap]]
@@ -32,6 +32,8 @@ def take_samples(value: ValueT, indices: list[int]) -> ValueT:
     """Some samples of a network's output: tensors by their first axis, however nested."""
     if isinstance(value, Tensor):
         return value[indices]  # pyright: ignore[reportReturnType]
+    if isinstance(value, QueryPredictions):  # decoder layers come first there
+        return QueryPredictions(value.class_logits[:, indices], value.boxes[:, indices])  # pyright: ignore
     if isinstance(value, list | tuple):
         return type(value)(take_samples(part, indices) for part in value)  # pyright: ignore
     if isinstance(value, dict):

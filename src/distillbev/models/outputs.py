@@ -21,6 +21,22 @@ class BevMap:
 
 
 @dataclass
+class QueryPredictions:
+    """What object queries say, after every layer of a decoder.
+
+    L layers, B samples, Q queries, K classes.
+
+    Attributes:
+        class_logits: (L, B, Q, K).
+        boxes: (L, B, Q, 10): centre x, y, z (m), log of length, width and height (m), sine and cosine of yaw,
+            velocity x and y (m/s).
+    """
+
+    class_logits: Tensor
+    boxes: Tensor
+
+
+@dataclass
 class DetectorOutput:
     """The maps of one forward pass.
 
@@ -30,15 +46,22 @@ class DetectorOutput:
         heads: one dict per task with raw maps (B, C, Y, X): reg 2, height 1, dim 3, rot 2 (sin, cos), vel 2,
             heatmap (one logit per class of the task).
         depth_logits: (B, N, D, H, W) of students that predict depth, else None.
+        queries: of detectors with a query head, else None; their `heads` is empty.
     """
 
     bev: dict[str, BevMap]
     heads: list[dict[str, Tensor]] = field(default_factory=list)
     depth_logits: Tensor | None = None
+    queries: QueryPredictions | None = None
 
 
 class Detector(Protocol):
-    """A detector is an `nn.Module` with these three methods."""
+    """A detector is an `nn.Module` with these three methods and this property."""
+
+    @property
+    def bev_channels(self) -> dict[str, int]:
+        """Channels of every map in `DetectorOutput.bev`; adapters are built from them beforehand."""
+        ...
 
     def __call__(self, batch: Batch) -> DetectorOutput: ...
 
