@@ -73,12 +73,14 @@ class BevDet(nn.Module):
         super().__init__()
         self.config = config
         self.image_encoder = ImageEncoder(config.image_encoder)
-        self.lift = DepthLift(config.lift, self.image_encoder.out_channels, config.grid)
+        self.lift = DepthLift(
+            config.lift, self.image_encoder.out_channels, config.grid, self.image_encoder.stride
+        )
         self.bev_encoder = BevEncoder(config.bev_encoder, self.lift.out_channels)
         self.bev_neck = build_bev_neck(config.bev_neck, self.bev_encoder.out_channels)
         self.head = CenterHead(config.head, self.bev_neck.out_channels, config.head_grid)
         # Convolutions are faster so, in bfloat16 by a seventh; keys, shapes and values stay.
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]: its stub lacks it
 
     @property
     def bev_channels(self) -> dict[str, int]:
@@ -94,9 +96,8 @@ class BevDet(nn.Module):
         """
         if batch.images is None:
             raise DataError("this batch has no images, and BEVDet sees nothing else; load images")
-        image_hw_px = (batch.images.shape[-2], batch.images.shape[-1])
         features = self.image_encoder(batch.images)  # (B, N, C, H, W)
-        lifted, depth_logits = self.lift(features, batch.cam2img, batch.cam2lidar, image_hw_px)
+        lifted, depth_logits = self.lift(features, batch.cam2img, batch.cam2lidar)
         stages = self.bev_encoder(lifted)
         bev = self.bev_neck(stages)
         maps = {"lifted": BevMap(lifted, self.config.grid)}
@@ -130,13 +131,10 @@ class BevDet(nn.Module):
         """
         if batch.points is None:
             raise DataError("the depth loss needs LiDAR points, this batch has none; load them or drop it")
-        assert output.depth_logits is not None and batch.images is not None
+        assert output.depth_logits is not None
         H, W = output.depth_logits.shape[-2:]
-        height_px, width_px = batch.images.shape[-2:]
-        bins = self.config.lift.depth
-        targets = depth_targets(
-            batch.points, batch.cam2img, batch.cam2lidar, bins, (H, W), (height_px, width_px)
-        )
+        bins, stride_px = self.config.lift.depth, self.image_encoder.stride
+        targets = depth_targets(batch.points, batch.cam2img, batch.cam2lidar, bins, (H, W), stride_px)
         return depth_loss(output.depth_logits, targets, config)
 
     def decode(self, output: DetectorOutput) -> list[Boxes3D]:

@@ -7,6 +7,7 @@ Letters: B batch, N cameras, C channels, H W rows and columns.
 from __future__ import annotations
 
 import difflib
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
@@ -87,6 +88,7 @@ class ResNet(nn.Module):
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         self.strides = (4, 8, 16, 32)
         self.out_channels = tuple(width * 2**stage * block.expansion for stage in range(4))
+        layers = []
         in_channels = width
         for stage, blocks in enumerate(RESNET_BLOCKS[config.depth]):
             planes = width * 2**stage
@@ -95,7 +97,8 @@ class ResNet(nn.Module):
                 stride = 2 if stage > 0 and index == 0 else 1
                 layer.append(block(in_channels, planes, stride))
                 in_channels = planes * block.expansion
-            setattr(self, f"layer{stage + 1}", layer)
+            layers.append(layer)
+        self.layer1, self.layer2, self.layer3, self.layer4 = layers
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -220,13 +223,12 @@ class TimmBackbone(nn.Module):
 
 def _import_timm() -> Any:
     try:
-        import timm
+        return importlib.import_module("timm")
     except Exception as error:  # torchvision built for another torch raises RuntimeError, not ImportError
         raise ConfigError(
             f"backbones of timm need timm and a torchvision that fits torch {torch.__version__}; importing "
             f"timm says: {error}; install the extra `timm` with both from one index, or take a ResNetConfig"
         ) from None
-    return timm
 
 
 class FpnNeck(nn.Module):

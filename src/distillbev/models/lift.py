@@ -78,24 +78,22 @@ class DepthLossConfig(Config, frozen=True):
 class DepthLift(nn.Module):
     """Says for each pixel how likely every depth is, and puts its features there on the ground."""
 
-    def __init__(self, config: LiftConfig, in_channels: int, grid: BevGrid) -> None:
+    def __init__(self, config: LiftConfig, in_channels: int, grid: BevGrid, stride_px: int) -> None:
         super().__init__()
         self.config = config
         self.grid = grid
+        self.stride_px = stride_px
         self.out_channels = config.channels
         # One convolution for both, depth first: two would read the features twice.
         self.depth_and_context = nn.Conv2d(in_channels, config.depth.count + config.channels, kernel_size=1)
 
-    def forward(
-        self, features: Tensor, cam2img: Tensor, cam2lidar: Tensor, image_hw_px: tuple[int, int]
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, features: Tensor, cam2img: Tensor, cam2lidar: Tensor) -> tuple[Tensor, Tensor]:
         """Lifts all cameras of a batch at once.
 
         Args:
             features: (B, N, C_in, H, W), one feature map per camera.
             cam2img: (B, N, 4, 4), with image augmentation.
             cam2lidar: (B, N, 4, 4), with BEV augmentation.
-            image_hw_px: rows and columns of the images that the features came from.
 
         Returns:
             lifted: (B, C, Y, X) float32.
@@ -104,7 +102,7 @@ class DepthLift(nn.Module):
         config, cameras = self.config, features.shape[:2]
         predicted = self.depth_and_context(features.flatten(0, 1)).float().unflatten(0, cameras)
         depth_logits, context = predicted.split([config.depth.count, config.channels], dim=2)
-        pixels = feature_pixels(features.shape[-2:], image_hw_px, config.corner_aligned_pixels)
+        pixels = feature_pixels(features.shape[-2:], self.stride_px, config.corner_aligned_pixels)
         # Metres and sums of many small terms want full precision whatever autocast says.
         with torch.autocast(features.device.type, enabled=False):
             points = frustum_points(pixels, config.depth, cam2img, cam2lidar)  # (B, N, D, H, W, 3)
@@ -113,32 +111,22 @@ class DepthLift(nn.Module):
         return lifted, depth_logits
 
 
-def feature_pixels(
-    feature_hw: tuple[int, ...], image_hw_px: tuple[int, int], corner_aligned: bool = False
-) -> Tensor:
+def feature_pixels(feature_hw: tuple[int, ...], stride_px: int, corner_aligned: bool = False) -> Tensor:
     """Where in the image each feature lies.
 
     Args:
         feature_hw: rows and columns of the feature map.
-        image_hw_px: rows and columns of the image.
+        stride_px: pixels per feature.
         corner_aligned: from pixel 0 to the last one, as the reference has it.
 
     Returns:
-        (H, W, 2): u (column) and v (row) in pixels, the centre of the first pixel being (0.5, 0.5).
+        (H, W, 2): u (column) and v (row) in pixels, the centre of the image's first pixel being (0.5, 0.5).
     """
-    axes = []
-    for cells, pixels in zip(feature_hw, image_hw_px, strict=True):
-        if corner_aligned:
-            axes.append(torch.linspace(0, pixels - 1, cells))
-        else:
-            axes.append((torch.arange(cells) + 0.5) * _stride_px(cells, pixels))
-    v, u = torch.meshgrid(axes, indexing="ij")
-    return torch.stack([u, v], dim=-1)
-
-
-def _stride_px(cells: int, pixels: int) -> int:
-    """Pixels per feature cell: a power of two, also where the map of an odd image was rounded up."""
-    return 2 ** round(math.log2(pixels / cells))
+    if corner_aligned:
+        v, u = (torch.linspace(0, count * stride_px - 1, count) for count in feature_hw)
+    else:
+        v, u = ((torch.arange(count) + 0.5) * stride_px for count in feature_hw)
+    return torch.stack([u.expand(len(v), -1), v[:, None].expand(-1, len(u))], dim=-1)
 
 
 def frustum_points(pixels: Tensor, bins: DepthBins, cam2img: Tensor, cam2lidar: Tensor) -> Tensor:
@@ -222,7 +210,8 @@ class _Splat(torch.autograd.Function):
         return ground
 
     @staticmethod
-    def backward(ctx: Any, grad_ground: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        (grad_ground,) = grad_outputs
         probs, context, cells = ctx.saved_tensors
         # grad_context[p] = sum over d of probs[p, d] * grad_ground[cells[p, d]] is an embedding bag; and
         # grad_probs[p, d] = context[p] . grad_ground[cells[p, d]] is that bag's gradient at its weights.
@@ -241,24 +230,23 @@ def depth_targets(
     cam2lidar: Tensor,
     bins: DepthBins,
     feature_hw: tuple[int, int],
-    image_hw_px: tuple[int, int],
+    stride_px: int,
 ) -> Tensor:
     """Which depth bin each feature cell should choose, as the LiDAR sees it.
 
     Args:
-        points: per sample (P, 5), see `Batch.points`; only the key sweep's (time 0) are used, as what moves is
+        points: per sample (P, 5), see `Batch.points`; only the key sweep (time 0) is used: what moves is
             elsewhere in older ones.
         cam2img: (B, N, 4, 4).
         cam2lidar: (B, N, 4, 4).
         bins: the bins; a depth belongs to the nearest.
         feature_hw: rows and columns of the feature map.
-        image_hw_px: rows and columns of the images.
+        stride_px: pixels per feature.
 
     Returns:
         (B, N, H, W) int64: the bin of the nearest point in the cell, -1 where none has one.
     """
     (B, N), (H, W) = cam2img.shape[:2], feature_hw
-    strides = cam2img.new_tensor([_stride_px(W, image_hw_px[1]), _stride_px(H, image_hw_px[0])])
     limits = torch.tensor([W, H], device=cam2img.device)
     with torch.autocast(cam2img.device.type, enabled=False):
         lidar2img = cam2img[..., :3, :3] @ torch.linalg.inv(cam2lidar)[..., :3, :]  # (B, N, 3, 4)
@@ -268,7 +256,7 @@ def depth_targets(
             homogeneous = functional.pad(key_sweep[:, :3], (0, 1), value=1.0)  # (P, 4)
             projected = torch.einsum("nij,pj->npi", lidar2img[sample], homogeneous)  # u*d, v*d, d
             depth = projected[..., 2]
-            cell = (projected[..., :2] / depth.clamp(min=1e-3)[..., None] / strides).floor()
+            cell = (projected[..., :2] / depth.clamp(min=1e-3)[..., None] / stride_px).floor()
             inside = (depth > 1e-3) & ((cell >= 0) & (cell < limits)).all(dim=-1)
             camera = torch.arange(N, device=depth.device)[:, None] * (H * W)
             index = torch.where(inside, camera + (cell[..., 1] * W + cell[..., 0]).long(), N * H * W)
@@ -279,7 +267,7 @@ def depth_targets(
 
 
 def depth_loss(depth_logits: Tensor, targets: Tensor, config: DepthLossConfig) -> Tensor:
-    """(B, N, D, H, W) logits and (B, N, H, W) bins -> weighted loss, a mean over the cells that have a bin."""
+    """(B, N, D, H, W) logits and (B, N, H, W) bins -> weighted loss, a mean over cells that have a bin."""
     known = targets >= 0
     logits = depth_logits.float().movedim(2, -1)[known]  # (cells, D)
     bins = targets[known]
