@@ -35,6 +35,11 @@ from .samples import NuScenes
 from .schema import Annotations, Batch, CameraFrame, Sample
 
 
+# How much of the resolution at the largest scale is decoded. Enlarging by a tenth there cannot be seen, and
+# lets the published scales (0.38 to 0.55) decode at half size, in half the time.
+SHARPNESS = 0.9
+
+
 class DataConfig(Config, frozen=True):
     """What a detector is fed, and how training varies it (both augmentations are off outside training)."""
 
@@ -166,10 +171,13 @@ class FrameDataset(Dataset[Batch]):
                 self[index, 0]
 
     def _sample(self, index: int) -> Sample:
-        if index not in self._samples:
-            frame = self.frames[index]
-            self._samples[index] = self.nuscenes.sample(frame.token, self.config.num_sweeps, frame.labelled)
-        return self._samples[index]
+        if index in self._samples:
+            return self._samples[index]
+        frame = self.frames[index]
+        sample = self.nuscenes.sample(frame.token, self.config.num_sweeps, frame.labelled)
+        if self.cache:
+            self._samples[index] = sample
+        return sample
 
     def _cameras(self, sample: Sample) -> list[CameraFrame]:
         if self.config.cameras is None:
@@ -206,10 +214,8 @@ class FrameDataset(Dataset[Batch]):
             return kept
         if kept is None:
             # The largest scale that may be drawn, so that what is decoded does not depend on the draw.
-            largest_offset = (
-                config.image_aug.resize_range[1] if config.image_aug else config.image_resize_offset
-            )
-            scale = config.image_size_px[0] / camera.size_wh_px[0] + largest_offset
+            offset = config.image_aug.resize_range[1] if config.image_aug else config.image_resize_offset
+            scale = SHARPNESS * (config.image_size_px[0] / camera.size_wh_px[0] + offset)
             kept = load_image(camera, scale, config.exact_jpeg)
         image = image_aug.apply(kept)
         if self.cache:
