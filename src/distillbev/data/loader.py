@@ -34,7 +34,6 @@ from .points import load_points
 from .samples import NuScenes
 from .schema import Annotations, Batch, CameraFrame, Sample
 
-
 # How much of the resolution at the largest scale is decoded. Enlarging by a tenth there cannot be seen, and
 # lets the published scales (0.38 to 0.55) decode at half size, in half the time.
 SHARPNESS = 0.9

@@ -50,6 +50,10 @@ def read_sweep(sweep: LidarSweep) -> NDArray[np.float32]:
         raise DataError(
             f"{sweep.path}: no such LiDAR file, though the tables name it; copy it again"
         ) from None
+    except OSError as error:
+        raise DataError(
+            f"{sweep.path}: cannot be read: {error.strerror}; mend the file or its permissions"
+        ) from None
     if not content or len(content) % POINT_BYTES:
         raise DataError(
             f"{sweep.path}: {len(content)} bytes, expected a multiple of {POINT_BYTES} above 0 "

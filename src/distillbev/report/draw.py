@@ -46,7 +46,8 @@ GROUND_TRUTH_COLOUR: Colour = (88, 236, 132)
 BACKGROUND: Colour = (17, 20, 28)
 PANEL: Colour = (27, 31, 42)
 INK: Colour = (228, 231, 238)
-FAINT: Colour = (58, 65, 82)
+RING: Colour = (38, 43, 57)
+FAINT: Colour = (72, 80, 100)
 
 # Near to far, an even walk from warm to cold that stays bright on dark and on street scenes.
 DEPTH_COLOURS = np.array(
@@ -379,13 +380,13 @@ def _draw_rings(pen: ImageDraw.ImageDraw, extent_m: float, per_metre: float) -> 
     """Distance from the LiDAR, every 10 m (5 m in small pictures), and the two axes."""
     spacing = 10 if extent_m > 30 else 5
     centre = extent_m * per_metre
-    pen.line((centre, 0, centre, 2 * centre), fill=PANEL, width=SUPERSAMPLING)
-    pen.line((0, centre, 2 * centre, centre), fill=PANEL, width=SUPERSAMPLING)
+    pen.line((centre, 0, centre, 2 * centre), fill=RING, width=SUPERSAMPLING)
+    pen.line((0, centre, 2 * centre, centre), fill=RING, width=SUPERSAMPLING)
     for radius_m in np.arange(spacing, extent_m * 1.42, spacing):
         radius = radius_m * per_metre
         pen.ellipse(
             (centre - radius, centre - radius, centre + radius, centre + radius),
-            outline=PANEL,
+            outline=RING,
             width=SUPERSAMPLING,
         )
         if radius_m < extent_m:
