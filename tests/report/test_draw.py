@@ -36,8 +36,8 @@ RED = (255, 0, 0)
 
 
 def field_of(picture: Image.Image) -> Image.Image:
-    """The ground alone: title and legend cut away."""
-    return picture.crop((0, 34, picture.width, picture.height - 34))
+    """The ground alone: the legend cut away."""
+    return picture.crop((0, 0, picture.width, picture.height - 34))
 
 
 def layer_of(*boxes: list[float], colour=RED, scores: list[float] | None = None) -> BoxLayer:
@@ -133,7 +133,7 @@ def test_uncertain_detections_are_fainter():
 
 def test_pictures_take_no_points_no_boxes_and_unknown_velocity():
     empty = bev_picture(np.zeros((0, 5)), [layer_of()], size_px=200)
-    assert empty.size == (200, 268)
+    assert empty.size == (200, 234)
     nan = float("nan")
     bev_picture(
         np.full((3, 5), 100.0), [layer_of([0, 10, 0, 4, 2, 1, 0, nan, nan], colour=None)], size_px=200

@@ -210,7 +210,7 @@ def bev_picture(
             _draw_bev_box(pen, box, layer.colour_of(index), layer.opacity_of(index), filled, place)
     field = field.reduce(scale)
 
-    header, footer = 34, 34
+    header, footer = 34 if title else 0, 34
     picture = Image.new("RGB", (size_px, size_px + header + footer), PANEL)
     picture.paste(field, (0, header))
     pen = ImageDraw.Draw(picture)
