@@ -196,7 +196,9 @@ class _GatherMultiplyScatter(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None]:
         features, kernels = ctx.saved_tensors
         rulebook: Rulebook = ctx.rulebook
         wants_features, wants_kernels = ctx.needs_input_grad[:2]
