@@ -32,7 +32,7 @@ from .image_encoder import (
     load_backbone_weights,
     normalise_images,
 )
-from .outputs import BevMap, DetectorOutput
+from .outputs import BevMap, DetectorOutput, labelled_boxes
 from .query_head import QueryHead, QueryHeadConfig
 
 NUM_SIGNALS = 18  # of the motion embedding, as public weights have it
@@ -413,19 +413,6 @@ def bevformer_tiny() -> BevFormerConfig:
         images=ImagePyramidConfig(strides=(32,)),
         encoder=EncoderConfig(layers=3),
     )
-
-
-def labelled_boxes(batch: Batch) -> list[Boxes3D]:
-    """The boxes of every sample.
-
-    Raises:
-        DataError: a sample has none.
-    """
-    boxes = [sample for sample in batch.boxes if sample is not None]
-    if len(boxes) < len(batch.boxes):
-        unlabelled = next(t for t, b in zip(batch.tokens, batch.boxes, strict=True) if b is None)
-        raise DataError(f"no boxes for sample {unlabelled}; train on labelled samples or give pseudo labels")
-    return boxes
 
 
 def pillar_anchors(

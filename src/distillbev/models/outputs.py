@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..boxes import Boxes3D
 from ..data.schema import Batch
+from ..errors import DataError
 from ..grid import BevGrid
 
 
@@ -72,3 +73,16 @@ class Detector(Protocol):
     def decode(self, output: DetectorOutput) -> list[Boxes3D]:
         """Detections of every sample, in the LiDAR frame (with the batch's BEV augmentation in it)."""
         ...
+
+
+def labelled_boxes(batch: Batch) -> list[Boxes3D]:
+    """The boxes of every sample.
+
+    Raises:
+        DataError: a sample has none.
+    """
+    boxes = [sample for sample in batch.boxes if sample is not None]
+    if len(boxes) < len(batch.boxes):
+        unlabelled = next(t for t, b in zip(batch.tokens, batch.boxes, strict=True) if b is None)
+        raise DataError(f"no boxes for sample {unlabelled}; train on labelled samples or give pseudo labels")
+    return boxes
