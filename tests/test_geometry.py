@@ -61,7 +61,9 @@ def test_point_on_the_optical_axis_lands_on_the_principal_point():
 def test_corners_of_a_turned_box_by_hand():
     box = np.array([[10, 0, 1, 4, 2, 2, np.pi / 2, 0, 0]])
     corners = box_corners(box)[0]
-    np.testing.assert_allclose(corners[0], [9, 2, 0], atol=1e-12)  # front left, bottom: forward is +y, left is -x
+    np.testing.assert_allclose(
+        corners[0], [9, 2, 0], atol=1e-12
+    )  # front left, bottom: forward is +y, left is -x
     np.testing.assert_allclose(corners[6], [11, -2, 2], atol=1e-12)  # rear right, top
 
 

@@ -24,7 +24,9 @@ DataRoot = Annotated[Path, typer.Option("--data", help="Folder of a nuScenes dat
 Out = Annotated[Path, typer.Option("--out", help="Folder to write to.")]
 Run = Annotated[Path, typer.Argument(help="Folder of a finished run.")]
 Split = Annotated[str, typer.Option("--split", help="Split of the dataset.")]
-Sample = Annotated[str | None, typer.Option("--sample", help="Token of a key frame; the first one if not given.")]
+Sample = Annotated[
+    str | None, typer.Option("--sample", help="Token of a key frame; the first one if not given.")
+]
 Overrides = Annotated[
     list[str], typer.Option("--set", help="Change one setting, as in --set optim.steps=100; may be repeated.")
 ]
@@ -52,7 +54,9 @@ def simulate(
     key_frames: Annotated[int, typer.Option(help="Key frames per scene (2 Hz).")] = 8,
     image_size: Annotated[str, typer.Option(help="WIDTHxHEIGHT of the six cameras, in pixels.")] = "352x198",
     overrides: Overrides = [],  # noqa: B006
-    processes: Annotated[int | None, typer.Option(help="Worker processes; one per core if not given.")] = None,
+    processes: Annotated[
+        int | None, typer.Option(help="Worker processes; one per core if not given.")
+    ] = None,
 ) -> None:
     """Simulate a driving world and write it as a nuScenes dataset."""
     from .config import with_overrides
@@ -73,7 +77,9 @@ def inspect(
     root: Annotated[Path, typer.Argument(help="Folder of a nuScenes dataset.")],
     sample: Sample = None,
     frames: Annotated[int, typer.Option(help="How many key frames, spread over the split.")] = 4,
-    split: Annotated[str | None, typer.Option("--split", help="Split to draw from; all if not given.")] = None,
+    split: Annotated[
+        str | None, typer.Option("--split", help="Split to draw from; all if not given.")
+    ] = None,
     out: Out = Path("inspect"),
 ) -> None:
     """Draw boxes and points on the pixels and on the BEV, before any training."""
@@ -138,7 +144,9 @@ def show(
     data: DataRoot,
     split: Split = "val",
     frames: Annotated[int, typer.Option(help="How many key frames, spread over the split.")] = 6,
-    out: Annotated[Path | None, typer.Option("--out", help="Page; report.html of the run if not given.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Page; report.html of the run if not given.")
+    ] = None,
 ) -> None:
     """Write a page about a run: its settings, training curves, and detections beside the ground truth."""
     from .scoring import show_run

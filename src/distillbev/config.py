@@ -34,7 +34,9 @@ def read_config(path: Path, config_type: type[ConfigT]) -> ConfigT:
     try:
         return msgspec.convert(yaml.safe_load(path.read_text()), config_type)
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; expected a {config_type.__name__} written by a run") from None
+        raise ConfigError(
+            f"{path}: no such file; expected a {config_type.__name__} written by a run"
+        ) from None
     except (yaml.YAMLError, msgspec.ValidationError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{path}: not a valid {config_type.__name__}: {reason}") from None

@@ -13,7 +13,10 @@ from pathlib import Path
 OPTIONAL = {
     "simplejpeg": ("faster JPEG decoding", "pip install 'distillbev[fast]'"),
     "tensorboard": ("TensorBoard logs", "pip install 'distillbev[log]'"),
-    "timm": ("image backbones beyond our ResNets", "pip install 'distillbev[timm]' with a torchvision that fits torch"),
+    "timm": (
+        "image backbones beyond our ResNets",
+        "pip install 'distillbev[timm]' with a torchvision that fits torch",
+    ),
 }
 REQUIRED = ("torch", "numpy", "PIL", "safetensors", "msgspec", "yaml", "rich", "typer", "embreex")
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}

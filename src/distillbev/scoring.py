@@ -15,11 +15,13 @@ from .errors import DataError
 from .evaluation.eval_boxes import ground_truth_boxes
 from .evaluation.metrics import DetectionMetrics, compute_metrics, format_table, match_boxes
 from .evaluation.results import CAMERA_ONLY, LIDAR_ONLY, read_results, write_detections
+from .grid import BevGrid
 from .train.experiment import Experiment
-from .train.inference import detect, load_trained, read_run
+from .train.inference import detect, load_trained
 
 RESULTS_FILE = "results_nusc.json"
 METRICS_FILE = "metrics_summary.json"
+SHOWN_SCORE = 0.3
 
 
 @dataclass(frozen=True)
@@ -72,17 +74,17 @@ def predict_sample(run: Path, data: Path, token: str | None, out: Path, threshol
 
     Ground truth, where the frame has any, is drawn beside the detections.
     """
-    from .report.draw import sample_pictures
+    from .report.run_page import detection_pictures
 
     experiment, detector = load_trained(run, best_device())
     nuscenes = NuScenes(data)
-    token = token or nuscenes.sample_tokens(nuscenes.default_split())[0]
+    token = token or nuscenes.sample_tokens(next(iter(nuscenes.splits())))[0]
     found = detect(experiment, detector, nuscenes, [token], show_progress=False)[token]
     sample = nuscenes.sample(token)
     out.mkdir(parents=True, exist_ok=True)
     boxes_file = out / f"{token}.json"
     boxes_file.write_text(json.dumps(boxes_as_rows(found), indent=1))
-    return [boxes_file, *sample_pictures(sample, confident(found, threshold), out)]
+    return [boxes_file, *detection_pictures(sample, confident(found, threshold), out, extent_of(experiment))]
 
 
 def boxes_as_rows(boxes: Boxes3D) -> list[dict[str, object]]:
@@ -113,15 +115,23 @@ def best_device() -> str:
 
 def show_run(run: Path, data: Path, split: str, frames: int, page: Path) -> Path:
     """Writes one self-contained page about a run: settings, curves, detections beside the ground truth."""
-    from .report.page import run_page
+    from .report.run_page import run_page
 
     experiment, detector = load_trained(run, best_device())
     nuscenes = NuScenes(data)
     tokens = nuscenes.sample_tokens(split)
     count = min(frames, len(tokens))
     chosen = [tokens[i * len(tokens) // count] for i in range(count)]
-    detections = detect(experiment, detector, nuscenes, chosen)
+    found = detect(experiment, detector, nuscenes, chosen)
+    detections = {token: confident(boxes, SHOWN_SCORE) for token, boxes in found.items()}
     samples = [nuscenes.sample(token) for token in chosen]
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(run_page(run, read_run(run), samples, detections))
+    page.write_text(run_page(experiment.name, run, samples, detections, extent_of(experiment)))
     return page
+
+
+def extent_of(experiment: Experiment) -> float:
+    """Half the side of the ground that the detector sees."""
+    grid = experiment.student.grid if experiment.student is not None else None
+    grid = grid or (experiment.teacher.grid if experiment.teacher is not None else BevGrid())
+    return max(abs(edge) for edge in (*grid.x_range_m, *grid.y_range_m))

@@ -75,7 +75,12 @@ def choose_plan(
     plan = DemoPlan()
     if quick:
         plan = msgspec.structs.replace(
-            plan, labelled_scenes=8, unlabelled_scenes=16, held_out_scenes=10, teacher_steps=150, student_steps=150
+            plan,
+            labelled_scenes=8,
+            unlabelled_scenes=16,
+            held_out_scenes=10,
+            teacher_steps=150,
+            student_steps=150,
         )
     if full:
         plan = msgspec.structs.replace(plan, held_out_scenes=75, arms=tuple(Arm), seeds=(0, 1, 2))

@@ -54,13 +54,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int 
 
     def cells(row: Sequence[str], tag: str) -> str:
         return "".join(
-            f'<{tag}{"" if i < text_columns else " class=number"}>{cell}</{tag}>' for i, cell in enumerate(row)
+            f"<{tag}{'' if i < text_columns else ' class=number'}>{cell}</{tag}>"
+            for i, cell in enumerate(row)
         )
 
     body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
-    return (
-        f'<div class="scroll"><table><thead><tr>{cells(head, "th")}</tr></thead><tbody>{body}</tbody></table></div>'
-    )
+    return f'<div class="scroll"><table><thead><tr>{cells(head, "th")}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def picture(image: Image.Image, caption: str, quality: int = 88) -> str:
@@ -89,7 +88,9 @@ def line_chart(
     y_max = _round_up(max(y for points in series.values() for _, y in points))
 
     def at(x: float, y: float) -> tuple[float, float]:
-        return left + x / x_max * (width - left - right), height - bottom - y / y_max * (height - top - bottom)
+        return left + x / x_max * (width - left - right), height - bottom - y / y_max * (
+            height - top - bottom
+        )
 
     parts = []
     for i in range(5):
@@ -111,7 +112,9 @@ def line_chart(
     parts.append(
         f'<text x="{(left + width) / 2}" y="{height - 6}" text-anchor="middle">{html.escape(x_label)}</text>'
     )
-    chart = f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img" aria-label="{html.escape(y_label)}">'
+    chart = (
+        f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img" aria-label="{html.escape(y_label)}">'
+    )
     return (
         f"<figure>{chart}{''.join(parts)}</svg><figcaption>{html.escape(y_label)} &nbsp; "
         f"{' &nbsp; '.join(legend)}</figcaption></figure>"

@@ -18,7 +18,9 @@ from ..errors import CheckpointError
 def save_weights(state: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Writes tensors to one safetensors file, atomically."""
     temporary = path.with_name(f".{path.name}.part")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, temporary, metadata)
+    save_file(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, temporary, metadata
+    )
     os.replace(temporary, path)
 
 
@@ -33,7 +35,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; expected weights that a run wrote") from None
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not readable as safetensors ({error}); copy or train it again") from None
+        raise CheckpointError(
+            f"{path}: not readable as safetensors ({error}); copy or train it again"
+        ) from None
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

@@ -38,7 +38,9 @@ class OptimConfig(Config, frozen=True):
         if self.labelled_per_step + self.unlabelled_per_step < 1:
             raise ConfigError("a step without samples; raise labelled_per_step or unlabelled_per_step")
         if self.accumulate > self.labelled_per_step + self.unlabelled_per_step:
-            raise ConfigError(f"accumulate={self.accumulate} parts of fewer samples; choose at most one part each")
+            raise ConfigError(
+                f"accumulate={self.accumulate} parts of fewer samples; choose at most one part each"
+            )
 
 
 class LogConfig(Config, frozen=True):
@@ -79,7 +81,9 @@ class Experiment(Config, frozen=True):
         if self.student is None and self.teacher is None:
             raise ConfigError(f"experiment {self.name!r} trains nothing; give a teacher or a student")
         if self.needs_teacher and self.teacher is None:
-            raise ConfigError(f"experiment {self.name!r} learns from a teacher, but names none; set `teacher`")
+            raise ConfigError(
+                f"experiment {self.name!r} learns from a teacher, but names none; set `teacher`"
+            )
         if self.distill is not None and self.student is None:
             raise ConfigError(f"experiment {self.name!r} has `distill` but no student; set `student`")
         if bool(self.optim.unlabelled_per_step) != bool(self.unlabelled_splits):

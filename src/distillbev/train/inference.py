@@ -10,7 +10,7 @@ from rich.progress import track
 
 from ..boxes import Boxes3D
 from ..config import read_config
-from ..data.loader import Frame, FrameDataset, batches_in_order, make_loader
+from ..data.loader import FrameDataset, frames_of_tokens, make_inference_loader
 from ..data.samples import NuScenes
 from ..errors import RunError
 from ..models.bevdet import BevDet
@@ -57,9 +57,8 @@ def detect(
 ) -> dict[str, Boxes3D]:
     """Detections of every sample (token -> boxes in its LiDAR frame), without any augmentation."""
     device = next(detector.parameters()).device
-    frames = [Frame(token, labelled=False) for token in tokens]
-    dataset = FrameDataset(nuscenes, frames, experiment.data)
-    loader = make_loader(dataset, batches_in_order(len(frames), batch_size), experiment.workers)
+    dataset = FrameDataset(nuscenes, frames_of_tokens(tokens), experiment.data)
+    loader = make_inference_loader(dataset, batch_size, experiment.workers)
     detections: dict[str, Boxes3D] = {}
     for batch in track(loader, f"detecting ({experiment.name})", disable=not show_progress):
         with autocast(experiment.optim.precision, device):

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,22 +18,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..config import read_config, write_config
-from ..data.loader import (
-    BatchLoader,
-    Frame,
-    FrameDataset,
-    FrameGroup,
-    TrainingBatches,
-    balance_classes,
-    make_loader,
-)
+from ..data.loader import BatchLoader, FrameDataset, frames_of_splits, make_training_loader
 from ..data.samples import NuScenes
 from ..data.schema import Batch
 from ..distill.distiller import Distiller, inherit_head
 from ..errors import RunError
 from ..models.bevdet import BevDet
 from ..models.centerpoint import CenterPoint
-from ..models.outputs import Detector
 from .checkpoint import Checkpoint, load_weights, save_weights
 from .environment import describe_environment
 from .experiment import Experiment
@@ -45,7 +36,7 @@ WEIGHTS_FILE = "weights.safetensors"
 class DetectionObjective(nn.Module):
     """What a detector without a teacher minimises: its own detection loss."""
 
-    def __init__(self, detector: nn.Module) -> None:
+    def __init__(self, detector: BevDet | CenterPoint) -> None:
         super().__init__()
         self.student = detector
 
@@ -150,18 +141,23 @@ def train(experiment: Experiment, run: Path, *, resume: bool = True, show_progre
     parallel = DistributedDataParallel(objective, broadcast_buffers=False) if world_size > 1 else objective
     objective.train()
     batches: Iterator[Batch] = iter(loader)
-    with StepLog(run, experiment, first_step, enabled=rank == 0, show=show_progress and rank == 0) as step_log:
+    with StepLog(
+        run, experiment, first_step, enabled=rank == 0, show=show_progress and rank == 0
+    ) as step_log:
         for step in range(first_step, optim.steps):
             factor = learning_rate_factor(optim.schedule, step, optim.steps)
             for group in optimizer.param_groups:
                 group["lr"] = optim.learning_rate * factor
 
             sums: dict[str, float] = {}
+            tokens: list[str] = []
             for part in range(optim.accumulate):
                 with step_log.waiting_for_data():
                     batch = next(batches).to(device)
+                tokens += batch.tokens
                 last = part == optim.accumulate - 1
-                with nullcontext() if last or world_size == 1 else parallel.no_sync():
+                hold_back = isinstance(parallel, DistributedDataParallel) and not last
+                with parallel.no_sync() if hold_back else nullcontext():
                     with autocast(optim.precision, device):
                         losses = parallel(batch)
                     total = torch.stack([loss.float() for loss in losses.values()]).sum()
@@ -175,7 +171,7 @@ def train(experiment: Experiment, run: Path, *, resume: bool = True, show_progre
             norm = nn.utils.clip_grad_norm_(objective.parameters(), optim.clip_norm or math.inf)
             if not torch.isfinite(norm):
                 raise RunError(
-                    f"{run.name}: the gradient norm at step {step} is {float(norm)}, samples {batch.tokens}; "
+                    f"{run.name}: the gradient norm at step {step} is {float(norm)}, samples {tokens}; "
                     f"the last good checkpoint is kept; lower learning_rate ({optim.learning_rate}) or use fp32"
                 )
             optimizer.step()
@@ -187,9 +183,7 @@ def train(experiment: Experiment, run: Path, *, resume: bool = True, show_progre
             done = step + 1
             if rank == 0 and (done % log.checkpoint_every == 0) and done < optim.steps:
                 state = average.state if average is not None else None
-                Checkpoint.save(
-                    run / "checkpoints", done, objective, optimizer, state, log.keep_checkpoints
-                )
+                Checkpoint.save(run / "checkpoints", done, objective, optimizer, state, log.keep_checkpoints)
 
     if rank == 0:
         save_weights(average.state if average is not None else model.state_dict(), weights)
@@ -203,24 +197,19 @@ def training_loader(
 ) -> BatchLoader:
     """Batches of the steps from `first_step` on; each step's samples come in `accumulate` parts."""
     optim = experiment.optim
-    labelled, unlabelled = (
-        [token for split in splits for token in nuscenes.sample_tokens(split)]
-        for splits in (experiment.labelled_splits, experiment.unlabelled_splits)
+    frames, groups = frames_of_splits(nuscenes, experiment.labelled_splits, experiment.unlabelled_splits)
+    return make_training_loader(
+        FrameDataset(nuscenes, frames, experiment.data, experiment.seed, train=True, cache=experiment.cache),
+        groups,
+        per_step=(optim.labelled_per_step, optim.unlabelled_per_step),
+        steps=optim.steps,
+        first_step=first_step,
+        accumulate=optim.accumulate,
+        rank=rank,
+        world_size=world_size,
+        workers=experiment.workers,
+        class_balanced=optim.class_balanced,
     )
-    frames = [Frame(token) for token in labelled] + [Frame(token, labelled=False) for token in unlabelled]
-    order: Sequence[int] = range(len(labelled))
-    if optim.class_balanced:
-        order = balance_classes([nuscenes.labels_in(token) for token in labelled], experiment.seed)
-    groups = (
-        FrameGroup(order, optim.labelled_per_step),
-        FrameGroup(range(len(labelled), len(frames)), optim.unlabelled_per_step),
-    )
-    steps = TrainingBatches(groups, experiment.seed, optim.steps, first_step, rank, world_size)
-    parts = [step[part :: optim.accumulate] for step in steps for part in range(optim.accumulate)]
-    dataset = FrameDataset(
-        nuscenes, frames, experiment.data, experiment.seed, train=True, cache=experiment.cache
-    )
-    return make_loader(dataset, parts, experiment.workers, pin_memory=torch.cuda.is_available())
 
 
 def join_processes() -> tuple[int, int, torch.device]:
@@ -265,10 +254,17 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """bf16 where it is asked for, or by itself on a GPU that has it; a CPU takes it only when asked."""
-    automatic = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    enabled = precision == "bf16" or (precision == "auto" and automatic)
+    """bf16 where it is asked for, or by itself on hardware that computes in it; parameters stay fp32."""
+    enabled = precision == "bf16" or (precision == "auto" and has_bf16(device))
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies in bf16 itself; elsewhere torch emulates it, slower than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return device.type == "cpu" and any(getattr(torch.cpu, probe, bool)() for probe in probes)
 
 
 def require_finite(losses: dict[str, Tensor], batch: Batch, step: int, run: Path) -> None:

@@ -22,7 +22,9 @@ class ScheduleConfig(Config, frozen=True):
 
     def __post_init__(self) -> None:
         if not 0 <= self.warmup_share < 1:
-            raise ConfigError(f"warmup_share={self.warmup_share}; choose a share of the run from 0 to below 1")
+            raise ConfigError(
+                f"warmup_share={self.warmup_share}; choose a share of the run from 0 to below 1"
+            )
 
 
 def learning_rate_factor(config: ScheduleConfig, step: int, steps: int) -> float:

@@ -1,0 +1,234 @@
+"""Complete experiments by name. A variant calls another recipe and replaces a part.
+
+Recipes named `tiny_` train on a laptop's CPU, in the simulated world or on real nuScenes; the others have the
+published sizes.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from msgspec.structs import replace
+
+from .config import read_config, with_overrides
+from .data.augment import BevAugConfig, ImageAugConfig
+from .data.loader import DataConfig
+from .distill.settings import DistillConfig, clean, released_bevdepth4d
+from .distill.teacher import TeacherCacheConfig
+from .errors import ConfigError
+from .evaluation.metrics import DetectionEvalConfig
+from .grid import BevGrid
+from .models.bev_encoder import BevEncoderConfig, LssNeckConfig, TopDownNeckConfig
+from .models.bevdet import BevDetConfig
+from .models.center_head import CenterHeadConfig
+from .models.centerpoint import CenterPointConfig
+from .models.image_encoder import ImageEncoderConfig, PlainCnnConfig
+from .models.lift import DepthBins, LiftConfig
+from .models.pillars import DynamicPillarsConfig
+from .models.second import SecondConfig
+from .train.experiment import Experiment, LogConfig, OptimConfig
+from .train.inference import read_run
+from .train.loop import WEIGHTS_FILE
+from .train.schedule import ScheduleConfig
+
+TINY_RANGE_M = (-25.6, 25.6)
+TINY_TEACHER_AUG = BevAugConfig(rotation_rad=(-0.4, 0.4), scale=(0.95, 1.05))
+
+
+def tiny_head(velocity_weight: float) -> CenterHeadConfig:
+    """One shared map and 1x1 branches: teacher and student can then share the whole of it."""
+    return CenterHeadConfig(
+        shared_channels=96,
+        branch_channels=None,
+        code_weights=(1.0,) * 8 + (velocity_weight,) * 2,
+        score_threshold=0.02,
+        max_detections_per_task=80,
+    )
+
+
+def tiny_centerpoint() -> Experiment:
+    """LiDAR teacher of 0.6 M parameters: 0.4 m pillars, ground of 51.2 m, some minutes on a CPU."""
+    return Experiment(
+        name="tiny_centerpoint",
+        teacher=CenterPointConfig(
+            grid=BevGrid(x_range_m=TINY_RANGE_M, y_range_m=TINY_RANGE_M, cell_m=0.4),
+            pillars=DynamicPillarsConfig(channels=(32,), intensity_scale=1 / 255),
+            backbone=SecondConfig(channels=(48, 96, 96), layers=(2, 2, 2), strides=(2, 2, 2)),
+            neck=TopDownNeckConfig(out_channels=96),
+            head=tiny_head(velocity_weight=0.2),
+            norm_momentum=0.1,
+        ),
+        data=DataConfig(load_images=False, bev_aug=TINY_TEACHER_AUG, num_sweeps=2),
+        evaluation=DetectionEvalConfig(max_range_m=24.0),
+        optim=OptimConfig(steps=400, labelled_per_step=4, learning_rate=3e-3, ema_decay=0.99),
+        cache=True,
+    )
+
+
+def tiny_bevdet() -> Experiment:
+    """Camera student of about 1.5 M parameters, trained alone on the labelled frames."""
+    return Experiment(
+        name="tiny_bevdet",
+        student=BevDetConfig(
+            grid=BevGrid(x_range_m=TINY_RANGE_M, y_range_m=TINY_RANGE_M, cell_m=0.8),
+            image_encoder=ImageEncoderConfig(
+                backbone=PlainCnnConfig(widths=(16, 32, 64, 128)), out_channels=96, output_stride=8
+            ),
+            lift=LiftConfig(depth=DepthBins(start_m=1.0, stop_m=37.0, step_m=0.9), channels=48),
+            bev_encoder=BevEncoderConfig(channels=(48, 96, 96), blocks=(2, 2, 2), strides=(1, 2, 2)),
+            bev_neck=TopDownNeckConfig(out_channels=96),
+            head=tiny_head(velocity_weight=0.2),
+        ),
+        data=DataConfig(image_size_px=(256, 96), load_points=False),
+        evaluation=DetectionEvalConfig(max_range_m=24.0),
+        optim=OptimConfig(steps=800, labelled_per_step=2, learning_rate=2e-3, ema_decay=0.99),
+        cache=True,
+    )
+
+
+def tiny_bevdet_from_centerpoint() -> Experiment:
+    """The same student, imitating `tiny_centerpoint` on the labelled frames."""
+    return replace(
+        tiny_bevdet(),
+        name="tiny_bevdet_from_centerpoint",
+        teacher=tiny_centerpoint().teacher,
+        distill=tiny_distillation(),
+        inherit_head=True,
+        data=replace(tiny_bevdet().data, load_points=True, num_sweeps=tiny_centerpoint().data.num_sweeps),
+    )
+
+
+def tiny_bevdet_from_unlabelled() -> Experiment:
+    """The same student, taught by `tiny_centerpoint` on labelled frames and on frames without labels."""
+    labelled_only = tiny_bevdet_from_centerpoint()
+    return replace(
+        labelled_only,
+        name="tiny_bevdet_from_unlabelled",
+        unlabelled_splits=("unlabelled",),
+        optim=replace(labelled_only.optim, labelled_per_step=1, unlabelled_per_step=1),
+    )
+
+
+def tiny_distillation() -> DistillConfig:
+    """Imitation as the demo uses it; how it was chosen stands in docs/experiments.md."""
+    return replace(clean(("head",)), cache=TeacherCacheConfig())
+
+
+def centerpoint_pillar02() -> Experiment:
+    """LiDAR teacher at full size: the published CenterPoint with 0.2 m pillars, 10 sweeps."""
+    return Experiment(
+        name="centerpoint_pillar02",
+        teacher=CenterPointConfig(),
+        data=DataConfig(load_images=False, bev_aug=BevAugConfig(), num_sweeps=9, max_box_distance_m=51.2),
+        optim=OptimConfig(
+            steps=20 * 28130 // 32,  # 20 epochs of trainval, 8 devices of 4
+            labelled_per_step=32,
+            learning_rate=1e-3,
+            schedule=ScheduleConfig(shape="one_cycle", warmup_share=0.4, start_factor=0.1, final_factor=1e-4),
+            clip_norm=35.0,
+            class_balanced=True,
+        ),
+        log=LogConfig(log_every=50, checkpoint_every=2000),
+        workers=4,
+    )
+
+
+def bevdet_r50() -> Experiment:
+    """Camera student at full size: BEVDet with ResNet-50 at 704x256, alone."""
+    return Experiment(
+        name="bevdet_r50",
+        student=BevDetConfig(bev_neck=LssNeckConfig(extra_norm_act=True)),
+        data=DataConfig(
+            image_size_px=(704, 256),
+            image_resize_offset=0.04,
+            image_aug=ImageAugConfig(),
+            bev_aug=BevAugConfig(),
+            load_points=False,
+            max_box_distance_m=51.2,
+        ),
+        optim=OptimConfig(
+            steps=24 * 28130 // 64,  # 24 epochs of trainval, 8 devices of 8
+            labelled_per_step=64,
+            learning_rate=2e-4,
+            schedule=ScheduleConfig(shape="step", warmup_share=0.047, start_factor=1e-3),
+            clip_norm=5.0,
+            class_balanced=True,
+        ),
+        log=LogConfig(log_every=50, checkpoint_every=1000),
+        workers=4,
+    )
+
+
+def bevdet_r50_from_centerpoint() -> Experiment:
+    """The published distillation: BEVDet-R50 from CenterPoint, settings of the release's launch scripts."""
+    alone = bevdet_r50()
+    return replace(
+        alone,
+        name="bevdet_r50_from_centerpoint",
+        teacher=centerpoint_pillar02().teacher,
+        distill=released_bevdepth4d(),
+        inherit_head=True,
+        data=replace(alone.data, load_points=True, num_sweeps=9),
+    )
+
+
+RECIPES: dict[str, Callable[[], Experiment]] = {
+    recipe.__name__: recipe
+    for recipe in (
+        tiny_centerpoint,
+        tiny_bevdet,
+        tiny_bevdet_from_centerpoint,
+        tiny_bevdet_from_unlabelled,
+        centerpoint_pillar02,
+        bevdet_r50,
+        bevdet_r50_from_centerpoint,
+    )
+}
+
+
+def experiment_from(
+    recipe: str, data: Path, teacher: Path | None, seed: int | None, overrides: Sequence[str]
+) -> Experiment:
+    """The experiment that a command line asks for: a recipe by name or a file, on this data, with changes.
+
+    Args:
+        recipe: a name of `RECIPES`, or the path of an experiment.yaml.
+        data: root of the dataset.
+        teacher: run folder of a trained teacher; its own experiment says what it is.
+        seed: of initialisation, order and augmentation; the recipe's own if None.
+        overrides: `dotted.key=value` texts.
+
+    Raises:
+        ConfigError: no such recipe (the nearest names are given), or an override that does not fit.
+    """
+    if recipe in RECIPES:
+        experiment = RECIPES[recipe]()
+    elif recipe.endswith((".yaml", ".yml")):
+        experiment = read_config(Path(recipe), Experiment)
+    else:
+        near = difflib.get_close_matches(recipe, RECIPES, n=2) or sorted(RECIPES)
+        raise ConfigError(f"no recipe {recipe!r}; the nearest: {', '.join(near)} (see `distillbev recipes`)")
+    experiment = replace(experiment, data_root=str(data))
+    if seed is not None:
+        experiment = replace(experiment, seed=seed)
+    if teacher is not None:
+        experiment = with_teacher(experiment, teacher)
+    return with_overrides(experiment, overrides)
+
+
+def with_teacher(experiment: Experiment, run: Path) -> Experiment:
+    """The experiment, its teacher being the one trained in this run folder.
+
+    Raises:
+        ConfigError: the run trained no teacher, or the experiment takes none.
+    """
+    trained = read_run(run)
+    if trained.student is not None or trained.teacher is None:
+        raise ConfigError(f"{run} trained {trained.name!r}, no LiDAR teacher; give the run of a teacher")
+    if not experiment.needs_teacher:
+        raise ConfigError(
+            f"{experiment.name!r} learns from no teacher; drop --teacher or choose another recipe"
+        )
+    return replace(experiment, teacher=trained.teacher, teacher_weights=str(run / WEIGHTS_FILE))
