@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from ..config import Config
@@ -210,6 +211,7 @@ class _Splat(torch.autograd.Function):
         return ground
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (grad_ground,) = grad_outputs
         probs, context, cells = ctx.saved_tensors
