@@ -5,6 +5,7 @@ import pytest
 import torch
 from msgspec.structs import replace
 from torch import Tensor
+from toys import CAR, GRID, box, boxes_of
 
 from distillbev.boxes import Boxes3D, box_corners
 from distillbev.classes import CLASSES
@@ -21,7 +22,6 @@ from distillbev.distill.masks import (
 )
 from distillbev.grid import BevGrid
 from distillbev.models.center_targets import TargetConfig, center_targets
-from toys import CAR, GRID, box, boxes_of
 
 SQUARE = BevGrid(x_range_m=(-8.0, 8.0), y_range_m=(-8.0, 8.0), cell_m=0.5)
 
@@ -215,7 +215,7 @@ def test_heat_keeps_its_peak_on_a_coarser_grid() -> None:
 
 
 def test_region_settings_refuse_what_is_no_score() -> None:
-    with pytest.raises(ValueError, match="teacher_threshold=1.5"):
+    with pytest.raises(ValueError, match=r"teacher_threshold=1\.5"):
         replace(RegionConfig(), teacher_threshold=1.5).__post_init__()
     with pytest.raises(ValueError, match="max_object_scale"):
         RegionConfig(max_object_scale=0)

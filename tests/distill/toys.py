@@ -61,14 +61,17 @@ class ToyNetwork(nn.Module):
         self.stem = nn.Sequential(nn.Conv2d(3, channels, 3, padding=1), nn.BatchNorm2d(channels))
         self.stage0 = nn.Conv2d(channels, 2 * channels, 3, stride=2, padding=1)
         self.heat = nn.Conv2d(channels, 10, 1)
+        nn.init.normal_(self.heat.weight)
+        nn.init.constant_(self.heat.bias, -3.6)  # some cells become false positives, most do not
         self.labels_seen: list[Boxes3D | None] = []
 
     def forward(self, batch: Batch) -> ToyOutput:
         self.labels_seen = list(batch.boxes)
-        features = self.stem(batch.images[:, 0].to(self.heat.weight.dtype) / 255)
+        stem = self.stem(batch.images[:, 0].to(self.heat.weight.dtype) / 255)
+        features = stem.relu()
         maps = {
-            "head": BevMap(features.relu(), self.grid),
-            "stage0": BevMap(self.stage0(features), self.grid.coarser(2)),
+            "head": BevMap(features, self.grid),
+            "stage0": BevMap(self.stage0(stem), self.grid.coarser(2)),
         }
         return ToyOutput(bev=maps, heads=[{"heatmap": self.heat(features)}])
 

@@ -6,6 +6,7 @@ student map S, weighted cell by cell with a region, the region's scale and an at
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -91,6 +92,11 @@ class Tap(nn.Module):
         if parameter is not None:
             student = student.to(parameter.dtype)  # a bf16 student may meet an fp32 adapter
         return resample(self.adapter(student, size).float(), size)
+
+    def attention(self, teacher: Tensor, adapted: Tensor) -> Tensor:
+        """(B, 1, Y, X) attention of the maps that are compared, z-scores where these are taught."""
+        teacher = teacher.float() if self.standardise is None else self.standardise(teacher)
+        return shared_attention(teacher, adapted, self.config.attention)
 
     def forward(
         self, student: Tensor, teacher: Tensor, regions: Regions, reduction: Reduction, step: int | None
@@ -337,6 +343,34 @@ class Distiller(nn.Module):
                 weight = self.config.weight * config.terms[name].weight
                 losses[f"imitate/{config.student}/{name}"] = weight * (per_sample * share).sum()
         return losses
+
+    @torch.no_grad()
+    def guides(self, batch: Batch, sample: int = 0) -> dict[str, dict[str, Tensor]]:
+        """What leads imitation on one sample, for pictures: by tap, (Y, X) maps on the CPU.
+
+        "regions": 0 ignored, 1 background, 2 false positive, 3 object; "scale" of each cell's region;
+        "attention". All terms count as started; call it in eval mode.
+        """
+        output = self.student(batch)
+        unlabelled = any(boxes is None for boxes in batch.boxes)
+        view = self._held.look(batch, detections=self._decode_all or unlabelled)
+        regions = self.regions(self._boxes(batch, view), view, step=sys.maxsize)
+        maps = self.student_maps(output)
+        guides = {}
+        for config, tap, where in zip(self.config.taps, self.taps, regions, strict=True):
+            teacher = view.bev[config.teacher].features
+            assert isinstance(tap, Tap), tap
+            size = (teacher.shape[2], teacher.shape[3])
+            attention = tap.attention(teacher, tap.adapt(maps[config.student].features, size))
+            scale = (
+                where.foreground * where.foreground_scale
+                + where.background * where.background_scale
+                + where.false_positive * where.false_positive_scale
+            )
+            codes = where.background + 2 * where.false_positive + 3 * where.foreground
+            named = {"regions": codes, "scale": scale, "attention": attention}
+            guides[config.student] = {name: value[sample, 0].float().cpu() for name, value in named.items()}
+        return guides
 
     def last_gradient_norms(self) -> dict[str, float]:
         """Gradient norm of each term of the last forward pass, before its backward pass frees the graph.

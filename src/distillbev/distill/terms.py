@@ -90,16 +90,17 @@ class ChannelStandardise(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """(B, C, Y, X) -> the same, each channel of mean 0, deviation 1, clamped."""
         features = features.float()
-        mean, variance = self.mean.float(), self.variance.float()
-        if self.config.statistics == "batch" or self.training:
-            variance, mean = torch.var_mean(features, dim=(0, 2, 3), correction=0)
-        if self.config.statistics == "running" and self.training:
-            self.num_batches += 1
-            # The plain mean of the first 100 batches, then an exponential one of that length.
-            share = 1 / self.num_batches.clamp(max=100)
-            self.mean += (mean - self.mean) * share
-            self.variance += (variance - self.variance) * share
-            mean, variance = self.mean.float(), self.variance.float()
+        variance, mean = torch.var_mean(features, dim=(0, 2, 3), correction=0)
+        if self.config.statistics == "running":
+            if self.training:
+                self.num_batches += 1
+                # The plain mean of the first 100 batches, then an exponential one of that length.
+                share = 1 / self.num_batches.clamp(max=100)
+                self.mean += (mean - self.mean) * share
+                self.variance += (variance - self.variance) * share
+            seen = self.num_batches > 0
+            mean = torch.where(seen, self.mean.float(), mean)
+            variance = torch.where(seen, self.variance.float(), variance)
         deviation = (variance + 1e-5).sqrt()
         scores = (features - mean[:, None, None]) / deviation[:, None, None]
         return scores.clamp(-self.config.clamp, self.config.clamp)
