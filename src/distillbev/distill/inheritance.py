@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
+from ..models.center_head import CenterHead
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,18 @@ def inherit_head(
         strict: an entry elsewhere that differs or is missing raises; otherwise it is left and reported.
 
     Raises:
-        ConfigError: nothing matches, or, when strict, an entry does not.
+        ConfigError: nothing matches, or, when strict, an entry or the classes of the heads do not. The student
+            is then as it was.
     """
     student_head, teacher_head = (getattr(module, "head", module) for module in (student, teacher))
     mine, theirs = student_head.state_dict(), teacher_head.state_dict()
 
+    my_tasks, their_tasks = (_tasks_of(head) for head in (student_head, teacher_head))
+    if strict and my_tasks != their_tasks:
+        raise ConfigError(
+            f"the student's head has the tasks {my_tasks}, the teacher's {their_tasks}; a branch would start "
+            "from another class's weights: give both the same tasks, or pass strict=False"
+        )
     reasons = {}
     for name, tensor in mine.items():
         if name not in theirs:
@@ -47,21 +55,24 @@ def inherit_head(
         elif theirs[name].shape != tensor.shape:
             reasons[name] = f"shape {tuple(tensor.shape)}, the teacher's {tuple(theirs[name].shape)}"
     excused = {part for part in may_differ if any(name.startswith(part) for name in reasons)}
-    left, copied = {}, []
-    for name, tensor in mine.items():
-        excuse = next((part for part in excused if name.startswith(part)), None)
-        if excuse is not None:
-            left[name] = reasons.get(name, f"belongs to {excuse}, which differs")
-        elif name in reasons:
-            if strict:
-                raise ConfigError(
-                    f"head entry {name!r} cannot be inherited: {reasons[name]}; "
-                    "give both heads the same tasks and widths, or pass strict=False"
-                )
-            left[name] = reasons[name]
-        else:
-            tensor.copy_(theirs[name])
-            copied.append(name)
+    left = dict(reasons)
+    for name in mine:
+        part = next((part for part in excused if name.startswith(part)), None)
+        if part is not None:
+            left.setdefault(name, f"belongs to {part}, which differs")
+        elif strict and name in reasons:
+            raise ConfigError(
+                f"head entry {name!r} cannot be inherited: {reasons[name]}; "
+                "give both heads the same tasks and widths, or pass strict=False"
+            )
+    copied = tuple(name for name in mine if name not in left)
     if not copied:
         raise ConfigError("nothing of the teacher's head fits the student's; switch inherit_head off")
-    return InheritanceReport(tuple(copied), left)
+    for name in copied:
+        mine[name].copy_(theirs[name])
+    return InheritanceReport(copied, left)
+
+
+def _tasks_of(head: nn.Module) -> object:
+    """The classes of a centre head by task; None for other heads, of which only shapes can be compared."""
+    return head.config.tasks if isinstance(head, CenterHead) else None
