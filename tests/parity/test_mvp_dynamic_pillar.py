@@ -1,4 +1,4 @@
-"""Dynamic pillars and MVP's point encoder against golden h_mvp_dynamic_pillar, section 1."""
+"""Dynamic pillars and MVP's point encoder against golden h_mvp_dynamic_pillar, sections 1 and 4."""
 
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from distillbev.grid import BevGrid
 from distillbev.models.centerpoint import CenterPoint, CenterPointConfig
 from distillbev.models.pillars import DynamicPillars, DynamicPillarsConfig, point_cells
+from distillbev.models.voxels import SparseVoxels, SparseVoxelsConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "h_mvp_dynamic_pillar"
 INPUTS, OUTPUTS, GRADIENTS, WEIGHTS = (
@@ -103,3 +104,24 @@ def test_the_published_mvp_teacher_has_the_published_number_of_parameters() -> N
             CenterPointConfig(pillars=DynamicPillarsConfig(point_features=17, virtual_flag_column=15))
         )
     assert sum(parameter.numel() for parameter in detector.parameters()) == 5_983_558
+
+
+def test_voxels_by_origin_are_the_reference_s() -> None:
+    config = SparseVoxelsConfig(
+        channels=(4, 6), out_channels=4, point_features=17, by_origin=True, z_cell_m=1.0, max_points=None
+    )
+    grid = BevGrid(x_range_m=(-6.4, 6.4), y_range_m=(-4.0, 4.0), cell_m=0.4)
+    assert OUTPUTS["mvpformer.grid_xyz"].tolist() == [*reversed(grid.shape), config.num_layers]
+    voxels = SparseVoxels(config, grid).voxelise([cloud.detach() for cloud in clouds("mvp17")])
+    # The reference also keeps points on the upper limits, in cells beyond the grid.
+    coors = OUTPUTS["mvpformer.coors"]
+    inside = (coors[:, 1:] < torch.tensor([config.num_layers, *grid.shape])).all(dim=1)
+    assert 0 < int((~inside).sum()) < 10
+    assert torch.equal(voxels.sites.coordinates(), coors[inside])
+    assert_relative(voxels.features, OUTPUTS["mvpformer.voxels"][inside], 1e-5)
+
+
+def test_the_sparse_encoder_takes_voxels_by_origin() -> None:
+    config = SparseVoxelsConfig(channels=(4, 6), out_channels=4, point_features=17, by_origin=True)
+    encoder = SparseVoxels(config, BevGrid(x_range_m=(-6.4, 6.4), y_range_m=(-4.0, 4.0), cell_m=0.2))
+    assert encoder(clouds("mvp17")).shape == (2, 4 * config.out_layers, 20, 32)

@@ -16,9 +16,9 @@ from ..grid import BevGrid
 from .bev_encoder import TopDownNeck, TopDownNeckConfig
 from .center_head import CenterHead, CenterHeadConfig
 from .outputs import BevMap, DetectorOutput
-from .pillars import DynamicPillars, DynamicPillarsConfig, HardPillars, HardPillarsConfig
+from .pillars import DynamicPillarsConfig, HardPillarsConfig
 from .second import Second, SecondConfig, SecondFpn, SecondFpnConfig
-from .voxels import SparseVoxels, SparseVoxelsConfig
+from .voxels import SparseVoxelsConfig, build_point_encoder, encoder_grid
 
 
 class CenterPointConfig(Config, frozen=True):
@@ -45,11 +45,7 @@ class CenterPointConfig(Config, frozen=True):
     def stage_grids(self) -> tuple[BevGrid, ...]:
         """The grid of each stage of the backbone, fine to coarse."""
         grids = []
-        grid = (
-            self.grid.coarser(self.pillars.stride)
-            if isinstance(self.pillars, SparseVoxelsConfig)
-            else self.grid
-        )
+        grid = encoder_grid(self.pillars, self.grid)
         for stride in self.backbone.strides:
             grid = grid.coarser(stride)
             grids.append(grid)
@@ -85,13 +81,7 @@ class CenterPoint(nn.Module):
         super().__init__()
         self.config = config
         momentum = config.norm_momentum
-        match config.pillars:
-            case HardPillarsConfig():
-                self.pillars = HardPillars(config.pillars, config.grid, momentum)
-            case DynamicPillarsConfig():
-                self.pillars = DynamicPillars(config.pillars, config.grid, momentum)
-            case SparseVoxelsConfig():
-                self.pillars = SparseVoxels(config.pillars, config.grid, momentum)
+        self.pillars = build_point_encoder(config.pillars, config.grid, momentum)
         self.backbone = Second(config.backbone, self.pillars.out_channels, momentum)
         self.neck = (
             SecondFpn(config.neck, self.backbone.out_channels, momentum)

@@ -13,8 +13,19 @@ from torch import Tensor, nn
 from ..config import Config
 from ..errors import ConfigError
 from ..grid import BevGrid
-from .pillars import NORM_EPS, PointNorm, flatten_batch
+from .pillars import (
+    NORM_EPS,
+    DynamicPillars,
+    DynamicPillarsConfig,
+    HardPillars,
+    HardPillarsConfig,
+    PointNorm,
+    flatten_batch,
+)
 from .sparse_conv import Sites, SparseConv3d, SparseTensor, SubmanifoldConv3d, Triple
+
+MVP_COLUMNS = 17
+ORIGIN_COLUMNS = 24
 
 
 class SparseVoxelsConfig(Config, frozen=True):
@@ -22,7 +33,8 @@ class SparseVoxelsConfig(Config, frozen=True):
 
     The defaults are the published ones, with cells of 0.1 m or 0.075 m. `channels` holds the width of each
     stage. The first `max_points` points of a voxel count, and the first voxels that points open; None lifts a
-    limit.
+    limit. `by_origin` takes MVP's 17 columns (`data.virtual_points`) and averages measured points and those with
+    a class apart, as the released query teacher does; it had no limits.
     """
 
     channels: tuple[int, ...] = (16, 32, 64, 128)
@@ -32,6 +44,7 @@ class SparseVoxelsConfig(Config, frozen=True):
     z_range_m: tuple[float, float] = (-5.0, 3.0)
     z_cell_m: float = 0.2
     intensity_scale: float = 1.0
+    by_origin: bool = False
     max_points: int | None = 10
     max_voxels: int | None = 90_000
     max_voxels_eval: int | None = 120_000
@@ -44,6 +57,11 @@ class SparseVoxelsConfig(Config, frozen=True):
             )
         if self.point_features < 3:
             raise ConfigError(f"point_features={self.point_features}; points need at least x, y and z")
+        if self.by_origin and self.point_features != MVP_COLUMNS:
+            raise ConfigError(
+                f"by_origin with point_features={self.point_features}; points that tell their origin have "
+                f"{MVP_COLUMNS} columns"
+            )
         low, high = self.z_range_m
         layers = (high - low) / self.z_cell_m if self.z_cell_m > 0 else 0.0
         if layers < 1 or abs(layers - round(layers)) > 1e-6 * layers:
@@ -58,6 +76,10 @@ class SparseVoxelsConfig(Config, frozen=True):
                 f"{round(layers)} cells of {self.z_cell_m} m in height are too few for {len(self.channels)} "
                 "stages that each halve them; use fewer stages or smaller cells"
             )
+
+    @property
+    def voxel_features(self) -> int:
+        return ORIGIN_COLUMNS - 1 if self.by_origin else self.point_features
 
     @property
     def num_layers(self) -> int:
@@ -94,7 +116,7 @@ class SparseVoxels(nn.Module):
         self.out_channels = config.out_channels * config.out_layers
         first = config.channels[0]
         self.conv_input = nn.Sequential(
-            SubmanifoldConv3d(config.point_features, first), SparseNorm(first, norm_momentum)
+            SubmanifoldConv3d(config.voxel_features, first), SparseNorm(first, norm_momentum)
         )
         self.encoder_layers = nn.ModuleDict()
         next_widths = (*config.channels[1:], None)
@@ -124,7 +146,11 @@ class SparseVoxels(nn.Module):
         flat, cells = flatten_batch(points, config, self.grid, config.num_layers)
         limit = config.max_voxels if self.training else config.max_voxels_eval
         cells_per_sample = config.num_layers * rows * columns
+        if config.by_origin:
+            flat = split_by_origin(flat)
         features, cells = mean_voxels(flat, cells, cells_per_sample, len(points), config.max_points, limit)
+        if config.by_origin:
+            features = undo_shares(features)
         # One layer more than there are voxels, as in the published encoders: it decides how layers pair up.
         sample, inside = cells // cells_per_sample, cells % cells_per_sample
         shape = (len(points), config.num_layers + 1, rows, columns)
@@ -178,6 +204,47 @@ def sparse_conv_norm(
         SparseConv3d(in_channels, out_channels, kernel, stride, padding),
         SparseNorm(out_channels, norm_momentum),
     )
+
+
+PointEncoderConfig = HardPillarsConfig | DynamicPillarsConfig | SparseVoxelsConfig
+PointEncoder = HardPillars | DynamicPillars | SparseVoxels
+
+
+def build_point_encoder(config: PointEncoderConfig, grid: BevGrid, norm_momentum: float) -> PointEncoder:
+    """The encoder that a configuration describes; takes clouds and gives a map on `encoder_grid`."""
+    match config:
+        case HardPillarsConfig():
+            return HardPillars(config, grid, norm_momentum)
+        case DynamicPillarsConfig():
+            return DynamicPillars(config, grid, norm_momentum)
+        case SparseVoxelsConfig():
+            return SparseVoxels(config, grid, norm_momentum)
+
+
+def encoder_grid(config: PointEncoderConfig, grid: BevGrid) -> BevGrid:
+    """The grid of the map that an encoder makes of cells on `grid`."""
+    return grid.coarser(config.stride) if isinstance(config, SparseVoxelsConfig) else grid
+
+
+def split_by_origin(points: Tensor) -> Tensor:
+    """(P, 17) points of MVP -> (P, 24): each writes only the columns of its origin, so that means do not mix.
+
+    Measured points: x, y, z, intensity, column 4, time in columns 0-5, and 1 in the last. Points with a class,
+    measured copies and virtual ones: columns 0-14 in 6-20, their flag in 21, 1 for copies in 22.
+    """
+    flag = points[:, 15:16]
+    measured = flag > 0
+    own = points[:, [0, 1, 2, 3, 4, 16]] * measured
+    classified = torch.cat([points[:, :15], flag, (flag == 0).to(flag.dtype)], dim=1) * ~measured
+    return torch.cat([own, classified, measured.to(flag.dtype)], dim=1)
+
+
+def undo_shares(means: Tensor) -> Tensor:
+    """(N, 24) means of `split_by_origin` -> (N, 23): each origin's mean over its own points."""
+    share = means[:, -1:]
+    mixed = (share > 0) & (share < 1)
+    own, classified = torch.where(mixed, share, 1), torch.where(mixed, 1 - share, 1)
+    return torch.cat([means[:, :6] / own, means[:, 6:-1] / classified], dim=1)
 
 
 def mean_voxels(
