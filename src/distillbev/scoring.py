@@ -12,6 +12,7 @@ from .boxes import Boxes3D
 from .data.samples import NuScenes
 from .data.schema import Sample
 from .errors import DataError
+from .evaluation.diagnose import diagnose
 from .evaluation.eval_boxes import ground_truth_boxes
 from .evaluation.metrics import DetectionMetrics, compute_metrics, format_table, match_boxes
 from .evaluation.results import CAMERA_ONLY, LIDAR_ONLY, read_results, write_detections
@@ -53,7 +54,8 @@ def score_results(results: Path, experiment: Experiment, samples: list[Sample], 
     ground_truth = ground_truth_boxes(samples)
     boxes, _ = read_results(results, ground_truth)
     metrics = compute_metrics(match_boxes(ground_truth, boxes, experiment.evaluation))
-    table = format_table(metrics)
+    warnings = [finding.message for finding in diagnose(ground_truth, boxes, experiment.evaluation)]
+    table = "\n".join([format_table(metrics), *warnings])
     (out / "table.txt").write_text(table + "\n")
     part = out / f".{METRICS_FILE}.part"
     part.write_text(json.dumps(metrics.to_dict(), indent=2))

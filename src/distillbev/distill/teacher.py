@@ -92,8 +92,8 @@ class TeacherCache:
         entry = self.entries.get(token)
         return None if entry is None or (detections and entry.detections is None) else entry
 
-    def put(self, token: str, view: TeacherView) -> None:
-        """Takes in the answer for one frame, (1, ...) tensors, if there is room."""
+    def put(self, token: str, view: TeacherView) -> TeacherView:
+        """Takes in the answer for one frame, (1, ...) tensors, if there is room; gives it back as kept."""
         bev = {}
         for name, level in view.bev.items():
             half = level.features.float().clamp(-HALF_MAX, HALF_MAX).half().cpu()
@@ -103,9 +103,11 @@ class TeacherCache:
         size = sum(level.features.nbytes for level in bev.values()) + (0 if heat is None else heat.nbytes)
         if token in self.entries:
             size = 0  # the same maps, now with detections
+        entry = TeacherView(bev, heat, detections)
         if self.num_bytes + size <= self.max_bytes:
-            self.entries[token] = TeacherView(bev, heat, detections)
+            self.entries[token] = entry
             self.num_bytes += size
+        return entry
 
 
 class HeldTeacher:
@@ -142,15 +144,13 @@ class HeldTeacher:
             self.cache.get(token, detections) if keep else None
             for token, keep in zip(batch.tokens, unchanged, strict=True)
         ]
-        missing = [i for i, entry in enumerate(known) if entry is None]
-        if missing:
-            fresh = self._run(take_from_batch(batch, missing), detections)
-            if len(missing) == len(known) and not any(unchanged):
-                return fresh
-            for place, i in enumerate(missing):
-                known[i] = answer = _sample(fresh, place)
-                if unchanged[i]:
-                    self.cache.put(batch.tokens[i], answer)
+        if not any(unchanged):
+            return self._run(batch, detections)
+        # Frame by frame, and rounded as if remembered: a resumed run, whose memory is empty, must see the same.
+        for i, entry in enumerate(known):
+            if entry is None:
+                answer = self._run(take_from_batch(batch, [i]), detections)
+                known[i] = self.cache.put(batch.tokens[i], answer) if unchanged[i] else answer
         if not detections:
             known = [dataclasses.replace(entry, detections=None) for entry in known if entry is not None]
         return _join([entry for entry in known if entry is not None], batch.bev_aug.device)
@@ -186,15 +186,6 @@ def named_map(maps: Mapping[str, BevMap], name: str, whose: str) -> BevMap:
     if name not in maps:
         raise ConfigError(f"tap {name!r}: the {whose} has no such map; its maps are {', '.join(maps)}")
     return maps[name]
-
-
-def _sample(view: TeacherView, i: int) -> TeacherView:
-    """One sample of a batch's answer, as a batch of one."""
-    return TeacherView(
-        {name: BevMap(level.features[i : i + 1], level.grid) for name, level in view.bev.items()},
-        None if view.heat is None else view.heat[i : i + 1],
-        None if view.detections is None else [view.detections[i]],
-    )
 
 
 def _join(samples: list[TeacherView], device: torch.device) -> TeacherView:

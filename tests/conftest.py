@@ -5,7 +5,7 @@ from tiny_nuscenes import write_tiny_nuscenes
 
 from distillbev.data.samples import NuScenes
 
-REAL_FRAME = Path(__file__).parents[3] / "shared" / "data" / "nuscenes-one-frame"
+REAL_FRAME = Path(__file__).parents[2] / "shared" / "data" / "nuscenes-one-frame"
 
 
 @pytest.fixture(scope="session")
