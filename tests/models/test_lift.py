@@ -234,7 +234,7 @@ def test_the_depth_loss_is_the_mean_over_cells_with_points(loss) -> None:
         if loss == "softmax_bce":
             total -= sum(math.log(1 - q) for k, q in enumerate(p) if k != chosen)
     value = depth_loss(logits, targets, DepthLossConfig(loss=loss, weight=3.0))
-    assert float(value) == pytest.approx(3.0 * total / 2, rel=1e-5)
+    assert value.item() == pytest.approx(3.0 * total / 2, rel=1e-5)
     value.backward()
     assert logits.grad is not None and not logits.grad[0, 1].any() and not logits.grad[0, 0, :, 0, 1].any()
 

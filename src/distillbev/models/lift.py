@@ -212,7 +212,9 @@ class _Splat(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]: the decorator hides the names
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor, Tensor, None, None]:
         (grad_ground,) = grad_outputs
         probs, context, cells = ctx.saved_tensors
         # grad_context[p] = sum over d of probs[p, d] * grad_ground[cells[p, d]] is an embedding bag; and
