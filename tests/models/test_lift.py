@@ -243,4 +243,4 @@ def test_the_depth_loss_without_any_target_is_zero_and_trains_nothing() -> None:
     logits = torch.randn(1, 1, 4, 2, 2, requires_grad=True)
     value = depth_loss(logits, torch.full((1, 1, 2, 2), -1), DepthLossConfig())
     value.backward()
-    assert float(value) == 0 and logits.grad is not None and not logits.grad.any()
+    assert value.item() == 0 and logits.grad is not None and not logits.grad.any()
