@@ -61,7 +61,7 @@ def sample_deformably_by_loop(value: Tensor, shapes: Shapes, places: Tensor, wei
                     for p in range(P):
                         x = places[b, q, m, level, p, 0] * W - 0.5
                         y = places[b, q, m, level, p, 1] * H - 0.5
-                        left, top = math.floor(x), math.floor(y)
+                        left, top = math.floor(x.item()), math.floor(y.item())
                         for row in (top, top + 1):
                             for column in (left, left + 1):
                                 if 0 <= row < H and 0 <= column < W:

@@ -21,8 +21,10 @@ from ..data.schema import Batch
 from ..errors import ConfigError, DataError
 from ..grid import BevGrid
 from .attention import FeedForward, SpatialCrossAttention, TemporalSelfAttention, cell_reference, flatten_maps
+from .deformable_conv import DeformableConv2d
 from .feature_pyramid import FeaturePyramid
 from .image_encoder import (
+    Bottleneck,
     PlainCnn,
     PlainCnnConfig,
     ResNet,
@@ -43,15 +45,24 @@ class ImagePyramidConfig(Config, frozen=True):
     """Backbone and feature pyramid.
 
     `strides` are the levels to give, in image pixels per cell: stages of the backbone, then further halvings.
+    `deformable_stages` (0 to 3) of a ResNet-50 or -101 get modulated deformable 3x3 convolutions.
     """
 
     backbone: ResNetConfig | PlainCnnConfig | TimmConfig = ResNetConfig()
     strides: tuple[int, ...] = (8, 16, 32, 64)
+    deformable_stages: tuple[int, ...] = ()
     weights: str | None = None
 
     def __post_init__(self) -> None:
         if not self.strides or any(b != 2 * a for a, b in zip(self.strides, self.strides[1:], strict=False)):
             raise ConfigError(f"strides={self.strides}; expected at least one, each twice the one before")
+        if self.deformable_stages:
+            bottlenecks = isinstance(self.backbone, ResNetConfig) and self.backbone.depth >= 50
+            if not bottlenecks or not set(self.deformable_stages) <= {0, 1, 2, 3}:
+                raise ConfigError(
+                    f"deformable_stages={self.deformable_stages} with {self.backbone}; expected stages 0 to 3 of "
+                    "a ResNet of depth 50 or 101"
+                )
 
 
 class EncoderConfig(Config, frozen=True):
@@ -145,6 +156,8 @@ class ImagePyramid(nn.Module):
         self.config = config
         if isinstance(config.backbone, ResNetConfig):
             self.backbone = ResNet(config.backbone)
+            for stage in config.deformable_stages:
+                make_deformable(getattr(self.backbone, f"layer{stage + 1}"))
         elif isinstance(config.backbone, PlainCnnConfig):
             self.backbone = PlainCnn(config.backbone)
         else:
@@ -165,10 +178,19 @@ class ImagePyramid(nn.Module):
         return [level.unflatten(0, images.shape[:2]) for level in levels]
 
     def load_backbone_weights(self) -> str | None:
-        """Loads `config.weights` into the backbone; says what was loaded, None without a file."""
+        """Loads `config.weights` into the backbone; says what was loaded, None without a file.
+
+        The file is that of a plain backbone: what moves deformable taps starts at zero.
+        """
         if self.config.weights is None:
             return None
-        return load_backbone_weights(self.backbone, Path(self.config.weights))
+        path = Path(self.config.weights)
+        if not (self.config.deformable_stages and isinstance(self.config.backbone, ResNetConfig)):
+            return load_backbone_weights(self.backbone, path)
+        plain = ResNet(self.config.backbone)
+        report = load_backbone_weights(plain, path)
+        self.backbone.load_state_dict(plain.state_dict(), strict=False)
+        return report
 
 
 class EncoderLayer(nn.Module):
@@ -380,7 +402,7 @@ class BevFormer(nn.Module):
                 oldest frame; None if all count. `len(past)` for a sample without any.
         """
         history = None
-        was_training = self.training
+        in_training = [module for module in self.modules() if module.training]
         self.eval()
         try:
             for i, batch in enumerate(past):
@@ -388,7 +410,8 @@ class BevFormer(nn.Module):
                 if first is not None:
                     history.present = (first <= i).to(history.present.device)
         finally:
-            self.train(was_training)
+            for module in in_training:  # not self.train(): parts may have been frozen on their own
+                module.training = True
         return history
 
     def loss(self, output: DetectorOutput, batch: Batch) -> dict[str, Tensor]:
@@ -406,12 +429,38 @@ class BevFormer(nn.Module):
         return self.head.decode(output.queries)
 
 
+def make_deformable(stage: nn.Sequential) -> None:
+    """Puts deformable convolutions in place of the 3x3 ones of a stage of bottlenecks."""
+    for block in stage:
+        assert isinstance(block, Bottleneck), block
+        plain = block.conv2
+        block.add_module(
+            "conv2", DeformableConv2d(plain.in_channels, plain.out_channels, stride=plain.stride[0])
+        )
+
+
 def bevformer_tiny() -> BevFormerConfig:
-    """The published tiny model: ResNet-50, one level, 50x50 cells of 2.048 m."""
+    """The published tiny model: ResNet-50, its coarsest level, 50x50 cells of 2.048 m, three layers."""
     return BevFormerConfig(
-        grid=BevGrid(cell_m=2.048),
+        grid=BevGrid(cell_m=102.4 / 50),
         images=ImagePyramidConfig(strides=(32,)),
         encoder=EncoderConfig(layers=3),
+    )
+
+
+def bevformer_small() -> BevFormerConfig:
+    """The published small model: deformable ResNet-101, its coarsest level, 150x150 cells, three layers."""
+    return BevFormerConfig(
+        grid=BevGrid(cell_m=102.4 / 150),
+        images=ImagePyramidConfig(backbone=ResNetConfig(depth=101), strides=(32,), deformable_stages=(2, 3)),
+        encoder=EncoderConfig(layers=3),
+    )
+
+
+def bevformer_base() -> BevFormerConfig:
+    """The published base model: deformable ResNet-101, four levels, 200x200 cells of 0.512 m, six layers."""
+    return BevFormerConfig(
+        images=ImagePyramidConfig(backbone=ResNetConfig(depth=101), deformable_stages=(2, 3)),
     )
 
 
