@@ -206,6 +206,8 @@ def test_batch_of_which_nothing_is_used_is_refused_by_its_tokens() -> None:
         BOTH,
         replace(BOTH, reduction="sum", regions=RegionConfig(combined_scale=True, object_scale="box_area")),
         replace(BOTH, taps=(replace(ALL_TERMS, normalise=ChannelStandardiseConfig()),)),
+        replace(BOTH, regions=RegionConfig(shape="gaussian", halo="ignored")),
+        replace(BOTH, regions=RegionConfig(shape="gaussian_in_box", combined_scale=True)),
         replace(BOTH, taps=(replace(ALL_TERMS, normalise=LayerNormConfig(), attention=None),)),
         replace(BOTH, taps=(replace(ALL_TERMS, attention=AttentionConfig(standardise=True, cap=5.0)),)),
     ],

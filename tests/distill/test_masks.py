@@ -201,6 +201,18 @@ def test_scales_stay_finite_when_all_cells_are_foreground_or_false_positives_or_
         assert all(scale.isfinite().all() for scale in scales)
 
 
+def test_blobs_fade_from_the_centre_and_reach_around_small_objects_or_stay_in_the_box() -> None:
+    small, car = boxes_of(box(0.4, 0.4, 0.6, 0.6)), boxes_of(CAR)
+    centre = (int((0.4 + 4.8) / 0.8), int((0.4 + 6.4) / 0.8))
+    around = split([small], RegionConfig(shape="gaussian"))
+    assert around.foreground.sum() == 25  # a blob reaches two cells out at least
+    weights = around.foreground_scale[0, 0]
+    assert weights.max() == weights[centre] == 1 and weights[centre[0], centre[1] + 1] < 0.6
+    within, boxed = split([car], RegionConfig(shape="gaussian_in_box")), split([car], RegionConfig())
+    assert not (within.foreground & ~boxed.foreground).any()
+    assert (within.foreground_scale <= boxed.foreground_scale).all()
+
+
 def test_regions_do_not_depend_on_velocity_that_is_unknown() -> None:
     unknown = boxes_of(CAR)
     unknown.boxes[:, 7:] = float("nan")

@@ -1,0 +1,27 @@
+"""Imitation of a frozen teacher: what is tapped, where and how strongly, and the module that does it."""
+
+from .distiller import Distiller, gradient_norms
+from .inheritance import InheritanceReport, inherit_head
+from .settings import (
+    DistillConfig,
+    PseudoLabelConfig,
+    TapConfig,
+    clean,
+    released_bevdepth4d,
+    released_bevformer,
+)
+from .teacher import TeacherCacheConfig
+
+__all__ = [
+    "DistillConfig",
+    "Distiller",
+    "InheritanceReport",
+    "PseudoLabelConfig",
+    "TapConfig",
+    "TeacherCacheConfig",
+    "clean",
+    "gradient_norms",
+    "inherit_head",
+    "released_bevdepth4d",
+    "released_bevformer",
+]

@@ -32,6 +32,9 @@ class RegionConfig(Config, frozen=True):
     Attributes:
         sample: the point of a cell that must lie in a box. "corner" (lower left, half a cell off) is the
             reference's rule for CNN students.
+        shape: what an object's foreground is. "box": its cells, as published; "gaussian": a blob around its
+            centre that reaches 0.6 lengths out and weighs its cells by its height and by one over the object's
+            area in cells (instead of `object_scale`); "gaussian_in_box": box cells weighed by that blob.
         min_one_cell: a box that holds no sample point takes the cell of its centre.
         object_scale: what the cells of an object weigh. "box_area": sqrt(cell^2 / (w l)), the reference's
             rule; "cells": 1 / sqrt(n) of the n cells that the object covers, which is bounded by 1 and treats
@@ -46,6 +49,7 @@ class RegionConfig(Config, frozen=True):
     """
 
     sample: SamplePoint = "centre"
+    shape: Literal["box", "gaussian", "gaussian_in_box"] = "box"
     min_one_cell: bool = True
     object_scale: Literal["box_area", "cells", "object"] = "cells"
     max_object_scale: float | None = None
@@ -67,10 +71,11 @@ class RegionConfig(Config, frozen=True):
 
 @dataclass(frozen=True)
 class Foreground:
-    """Box cells of a batch: `mask` (B, 1, Y, X) bool, `scale` (B, 1, Y, X) float, zero outside boxes."""
+    """Object cells of a batch, all (B, 1, Y, X): bool `mask`, `scale` (zero outside), `weight` in (0, 1] if any."""
 
     mask: Tensor
     scale: Tensor
+    weight: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -184,7 +189,47 @@ def foreground_of_boxes(padded: Tensor, valid: Tensor, grid: BevGrid, config: Re
     ranks = torch.arange(num_boxes, 0, -1, dtype=torch.int16, device=inside.device)[:, None, None]
     rank = (inside * ranks).amax(dim=1, keepdim=True).long()  # (B, 1, Y, X)
     scale_of_rank = functional.pad(object_scale.flip(1), (1, 0))  # (B, 1 + M), zero where there is no box
-    return Foreground(rank > 0, scale_of_rank.gather(1, rank.flatten(1)).view(rank.shape))
+    box_cells = Foreground(rank > 0, scale_of_rank.gather(1, rank.flatten(1)).view(rank.shape))
+    return box_cells if config.shape == "box" else _soften(box_cells, padded, valid, grid, config.shape)
+
+
+def _soften(
+    box_cells: Foreground,
+    padded: Tensor,
+    valid: Tensor,
+    grid: BevGrid,
+    shape: Literal["gaussian", "gaussian_in_box"],
+) -> Foreground:
+    """Foreground that fades with the distance from an object's centre; two of the release's variants."""
+    sizes = padded[..., 3:5] / grid.cell_m  # (B, M, 2) cells
+    radius = (0.6 * sizes.amax(dim=-1)).floor().clamp(min=2)
+    blobs, squares = _gaussians(padded, valid, grid, radius)
+    blob = blobs.amax(dim=1, keepdim=True)
+    if shape == "gaussian_in_box":
+        mask = box_cells.mask & (blob > 0)
+        return Foreground(mask, box_cells.scale * mask, blob)
+    one_over_area = 1 / sizes.prod(dim=-1).ceil().clamp(min=1)
+    scale = (squares * one_over_area[..., None, None]).amax(dim=1, keepdim=True)
+    return Foreground(blob > 0, scale, blob)
+
+
+def _gaussians(padded: Tensor, valid: Tensor, grid: BevGrid, radius_cells: Tensor) -> tuple[Tensor, Tensor]:
+    """Blobs of (B, M) radii around the cells of box centres, cut off to squares: (B, M, Y, X) heights, bool squares.
+
+    Boxes whose centre lies off the grid have none. Source: CornerNet (arXiv:1808.01244), section 3.2.
+    """
+    row, column, on_grid = _centre_cells(padded, valid, grid)
+    two_variances = 2 * ((2 * radius_cells + 1) / 6) ** 2
+    rows, columns = grid.shape
+    dx = (torch.arange(columns, device=padded.device) - column[..., None]).float()  # (B, M, X)
+    dy = (torch.arange(rows, device=padded.device) - row[..., None]).float()
+    # A Gaussian is the product of one along x and one along y, so no (B, M, Y, X) exponential is needed.
+    near_x = (dx.abs() <= radius_cells[..., None]) & on_grid[..., None]
+    near_y = dy.abs() <= radius_cells[..., None]
+    along_x = torch.exp(-(dx**2) / two_variances[..., None]) * near_x
+    along_y = torch.exp(-(dy**2) / two_variances[..., None]) * near_y
+    heights = along_y[..., :, None] * along_x[..., None, :]
+    return heights, near_y[..., :, None] & near_x[..., None, :]
 
 
 def target_heat(padded: Tensor, valid: Tensor, grid: BevGrid) -> Tensor:
@@ -193,21 +238,10 @@ def target_heat(padded: Tensor, valid: Tensor, grid: BevGrid) -> Tensor:
     Returns:
         (B, 1, Y, X) in [0, 1], a Gaussian cut off to a square around each box centre that lies on the grid.
     """
-    row, column, on_grid = _centre_cells(padded, valid, grid)
     rule = TargetConfig()
     radius = gaussian_radius(padded[..., 3:5] / grid.cell_m, rule.gaussian_overlap)  # (B, M)
     radius = radius.floor().clamp(min=rule.min_radius_cells)
-    two_variances = 2 * ((2 * radius + 1) / 6) ** 2
-    rows, columns = grid.shape
-    dx = (torch.arange(columns, device=padded.device) - column[..., None]).float()  # (B, M, X)
-    dy = (torch.arange(rows, device=padded.device) - row[..., None]).float()
-
-    def falloff(distance: Tensor) -> Tensor:
-        return torch.exp(-(distance**2) / two_variances[..., None]) * (distance.abs() <= radius[..., None])
-
-    # A Gaussian is the product of one along x and one along y, so no (B, M, Y, X) exponential is needed.
-    heat = falloff(dy)[..., :, None] * (falloff(dx) * on_grid[..., None])[..., None, :]
-    return heat.amax(dim=1, keepdim=True)
+    return _gaussians(padded, valid, grid, radius)[0].amax(dim=1, keepdim=True)
 
 
 def class_heat(heads: Sequence[dict[str, Tensor]]) -> Tensor | None:
@@ -272,6 +306,8 @@ def split_regions(
     foreground_scale, background_scale = foreground.scale, _one_over_count(background)
     if config.combined_scale:
         foreground_scale = background_scale = torch.maximum(foreground_scale, background_scale)
+    if foreground.weight is not None:
+        foreground_scale = foreground_scale * foreground.weight
     return Regions(
         foreground=foreground.mask,
         background=background,
