@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 
 from ..classes import CLASSES
 from ..data.loader import Frame, FrameDataset
@@ -20,13 +20,21 @@ from ..distill.distiller import Distiller
 from ..report.draw import BoxLayer, annotated_boxes, bev_picture, camera_mosaic
 from ..report.page import PALETTE, interval_chart, line_chart, page, picture, read_curve, swatch, table
 from ..scoring import SHOWN_SCORE, confident, extent_of
+from ..train.checkpoint import read_weights
 from ..train.inference import detect, load_trained
-from ..train.loop import build_objective
+from ..train.loop import ADAPTERS_FILE, build_objective
 from .arms import LABELLED
 from .outcome import Outcome, run_of
 from .plan import Arm, DemoPlan
 
 COLOURS = dict(zip(Arm, PALETTE, strict=False))
+# In the order of the codes that `Distiller.guides` gives.
+REGIONS = {
+    "left alone": "#98a2b3",
+    "background": "#1c2430",
+    "false positive of the teacher": "#ff725c",
+    "object": "#6cc5b0",
+}
 TRUTH, BEFORE, AFTER = (80, 220, 120), (255, 96, 96), (255, 190, 30)
 
 
@@ -188,23 +196,37 @@ def _guidance(plan: DemoPlan, out: Path) -> list[str]:
     arm = next((arm for arm in (Arm.DISTILLED_UNLABELLED, Arm.DISTILLED) if arm in plan.arms), None)
     if arm is None:
         return []
-    experiment, detector = load_trained(run_of(out, arm, plan.seeds[0]))
+    run = run_of(out, arm, plan.seeds[0])
+    experiment, detector = load_trained(run)
     objective = build_objective(experiment)
     assert isinstance(objective, Distiller), "this arm imitates"
     objective.student.load_state_dict(detector.state_dict())
+    objective.load_state_dict(read_weights(run / ADAPTERS_FILE), strict=False)
     nuscenes = NuScenes(out / "world")
     token = nuscenes.sample_tokens(LABELLED)[0]
     dataset = FrameDataset(nuscenes, [Frame(token)], experiment.data)
     guides = objective.eval().guides(dataset[0, 0])
     sections = [
         "<h2>What guided the student</h2>",
-        "<p class=soft>One labelled frame. Regions: objects, false positives of the teacher, background, "
-        "halo left alone. Scale and attention weigh the squared error of each cell; brighter is more.</p>",
+        "<p class=soft>One labelled frame from above, forward is up. Regions: "
+        f"{' '.join(swatch(colour) + name + ' &nbsp;' for name, colour in REGIONS.items())}. "
+        "Scale and attention weigh the squared error of each cell; brighter is more.</p>",
     ]
     for name, maps in guides.items():
-        figures = [picture(_heat_image(value), f"{name}: {title}") for title, value in maps.items()]
+        figures = [
+            picture(_region_image(value) if title == "regions" else _heat_image(value), f"{name}: {title}")
+            for title, value in maps.items()
+        ]
         sections.append(f'<div class="row">{"".join(figures)}</div>')
     return sections
+
+
+def _region_image(codes: torch.Tensor, size_px: int = 300) -> Image.Image:
+    """(Y, X) region codes, in the order of REGIONS -> picture with y up."""
+    colours = np.array([ImageColor.getrgb(colour) for colour in REGIONS.values()], dtype=np.uint8)
+    return Image.fromarray(colours[codes.long().numpy()[::-1]]).resize(
+        (size_px, size_px), Image.Resampling.NEAREST
+    )
 
 
 def _heat_image(values: torch.Tensor, size_px: int = 300) -> Image.Image:

@@ -31,6 +31,7 @@ from .experiment import Experiment
 from .schedule import learning_rate_factor
 
 WEIGHTS_FILE = "weights.safetensors"
+ADAPTERS_FILE = "adapters.safetensors"  # what learns beside the student and is not needed after training
 
 
 class DetectionObjective(nn.Module):
@@ -186,6 +187,11 @@ def train(experiment: Experiment, run: Path, *, resume: bool = True, show_progre
                 Checkpoint.save(run / "checkpoints", done, objective, optimizer, state, log.keep_checkpoints)
 
     if rank == 0:
+        beside = {
+            name: tensor for name, tensor in objective.state_dict().items() if not name.startswith("student.")
+        }
+        if beside:
+            save_weights(beside, run / ADAPTERS_FILE)
         save_weights(average.state if average is not None else model.state_dict(), weights)
     if world_size > 1:
         dist.barrier()
