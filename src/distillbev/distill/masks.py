@@ -203,18 +203,18 @@ def _soften(
     """Foreground that fades with the distance from an object's centre; two of the release's variants."""
     sizes = padded[..., 3:5] / grid.cell_m  # (B, M, 2) cells
     radius = (0.6 * sizes.amax(dim=-1)).floor().clamp(min=2)
-    blobs, squares = _gaussians(padded, valid, grid, radius)
+    blobs = _gaussians(padded, valid, grid, radius)
     blob = blobs.amax(dim=1, keepdim=True)
     if shape == "gaussian_in_box":
         mask = box_cells.mask & (blob > 0)
         return Foreground(mask, box_cells.scale * mask, blob)
     one_over_area = 1 / sizes.prod(dim=-1).ceil().clamp(min=1)
-    scale = (squares * one_over_area[..., None, None]).amax(dim=1, keepdim=True)
+    scale = ((blobs > 0) * one_over_area[..., None, None]).amax(dim=1, keepdim=True)
     return Foreground(blob > 0, scale, blob)
 
 
-def _gaussians(padded: Tensor, valid: Tensor, grid: BevGrid, radius_cells: Tensor) -> tuple[Tensor, Tensor]:
-    """Blobs of (B, M) radii around the cells of box centres, cut off to squares: (B, M, Y, X) heights, bool squares.
+def _gaussians(padded: Tensor, valid: Tensor, grid: BevGrid, radius_cells: Tensor) -> Tensor:
+    """Blobs of (B, M) radii around the cells of box centres, cut off to squares, (B, M, Y, X).
 
     Boxes whose centre lies off the grid have none. Source: CornerNet (arXiv:1808.01244), section 3.2.
     """
@@ -228,8 +228,7 @@ def _gaussians(padded: Tensor, valid: Tensor, grid: BevGrid, radius_cells: Tenso
     near_y = dy.abs() <= radius_cells[..., None]
     along_x = torch.exp(-(dx**2) / two_variances[..., None]) * near_x
     along_y = torch.exp(-(dy**2) / two_variances[..., None]) * near_y
-    heights = along_y[..., :, None] * along_x[..., None, :]
-    return heights, near_y[..., :, None] & near_x[..., None, :]
+    return along_y[..., :, None] * along_x[..., None, :]
 
 
 def target_heat(padded: Tensor, valid: Tensor, grid: BevGrid) -> Tensor:
@@ -241,7 +240,7 @@ def target_heat(padded: Tensor, valid: Tensor, grid: BevGrid) -> Tensor:
     rule = TargetConfig()
     radius = gaussian_radius(padded[..., 3:5] / grid.cell_m, rule.gaussian_overlap)  # (B, M)
     radius = radius.floor().clamp(min=rule.min_radius_cells)
-    return _gaussians(padded, valid, grid, radius)[0].amax(dim=1, keepdim=True)
+    return _gaussians(padded, valid, grid, radius).amax(dim=1, keepdim=True)
 
 
 def class_heat(heads: Sequence[dict[str, Tensor]]) -> Tensor | None:
