@@ -1,7 +1,8 @@
 import pytest
 
-from distillbev.config import read_config, with_overrides, write_config
+from distillbev.config import first_difference, read_config, with_overrides, write_config
 from distillbev.errors import ConfigError
+from distillbev.models.bevdet import BevDetConfig
 from distillbev.train.experiment import Experiment, OptimConfig
 from distillbev.train.schedule import ScheduleConfig, learning_rate_factor
 
@@ -37,10 +38,31 @@ def test_overrides_change_nested_settings_only():
     assert config.learning_rate == OptimConfig().learning_rate
 
 
-@pytest.mark.parametrize("override", ["stepz=7", "steps", "schedule.nothing=1", "steps.deep=1"])
-def test_override_of_an_unknown_key_names_the_known_ones(override):
-    with pytest.raises(ConfigError, match="one of"):
+@pytest.mark.parametrize("override", ["stepz=7", "schedule.nothing=1", "steps.deep=1"])
+def test_override_of_an_unknown_key_names_the_nearest(override):
+    with pytest.raises(ConfigError, match=r"no setting .*; the nearest: \w+"):
         with_overrides(OptimConfig(), [override])
+
+
+@pytest.mark.parametrize("override", ["steps", "steps=[", "steps=many"])
+def test_override_that_does_not_fit_is_refused_in_one_line(override):
+    with pytest.raises(ConfigError) as caught:
+        with_overrides(OptimConfig(), [override])
+    assert f"--set {override}" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_numbers_with_an_exponent_are_numbers_and_names_like_them_stay_text(tmp_path):
+    config = with_overrides(Experiment(name="1e5", student=BevDetConfig()), ["optim.learning_rate=1e-3"])
+    assert config.optim.learning_rate == 0.001
+    write_config(config, tmp_path / "experiment.yaml")
+    assert read_config(tmp_path / "experiment.yaml", Experiment) == config
+
+
+def test_the_first_difference_of_two_configurations_is_named():
+    assert first_difference(OptimConfig(), OptimConfig()) is None
+    changed = with_overrides(OptimConfig(), ["schedule.warmup_share=0.5"])
+    assert first_difference(OptimConfig(), changed) == ("schedule.warmup_share", 0.3, 0.5)
 
 
 def test_experiment_without_anything_to_train_is_refused():

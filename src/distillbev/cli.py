@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -37,11 +37,21 @@ def main() -> None:
     try:
         app()
     except DistillBevError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("interrupted; run the same command again to go on", err=True)
-        sys.exit(130)
+        fail(str(error))
+    except OSError as error:
+        if error.filename is None:
+            raise
+        fail(f"{error.filename}: {error.strerror}; mend the path or its permissions, or make room")
+    except SystemExit as end:
+        if end.code == 130:  # typer makes it of ctrl-C
+            typer.echo("interrupted; run the same command again to go on", err=True)
+        raise
+
+
+def fail(message: str) -> NoReturn:
+    """Ends the program with one line, whatever the message."""
+    typer.echo(f"error: {' '.join(message.splitlines())}", err=True)
+    sys.exit(2)
 
 
 @app.command()
@@ -76,7 +86,7 @@ def simulate(
 def inspect(
     root: Annotated[Path, typer.Argument(help="Folder of a nuScenes dataset.")],
     sample: Sample = None,
-    frames: Annotated[int, typer.Option(help="How many key frames, spread over the split.")] = 4,
+    frames: Annotated[int, typer.Option(min=1, help="How many key frames, spread over the split.")] = 4,
     split: Annotated[
         str | None, typer.Option("--split", help="Split to draw from; all if not given.")
     ] = None,
@@ -85,9 +95,10 @@ def inspect(
     """Draw boxes and points on the pixels and on the BEV, before any training."""
     from .data.samples import NuScenes
     from .report.draw import inspect_sample
+    from .scoring import spread_tokens
 
     nuscenes = NuScenes(root)
-    tokens = [sample] if sample else _spread(nuscenes.sample_tokens(split), frames)
+    tokens = [sample] if sample is not None else spread_tokens(nuscenes, split, frames)
     for token in tokens:
         for path in inspect_sample(nuscenes.sample(token), out):
             typer.echo(path)
@@ -104,9 +115,13 @@ def train(
     resume: Annotated[bool, typer.Option(help="Go on where an interrupted run stopped.")] = True,
 ) -> None:
     """Train a teacher, a student, or a student that learns from a teacher."""
+    import logging
+
     from .recipes import experiment_from
     from .train.loop import train as run_training
 
+    logging.basicConfig(format="%(message)s", stream=sys.stdout)
+    logging.getLogger("distillbev").setLevel(logging.INFO)
     typer.echo(run_training(experiment_from(recipe, data, teacher, seed, overrides), out, resume=resume))
 
 
@@ -129,7 +144,7 @@ def predict(
     data: DataRoot,
     sample: Sample = None,
     out: Out = Path("prediction"),
-    threshold: Annotated[float, typer.Option(help="Lowest score that is drawn.")] = 0.3,
+    threshold: Annotated[float, typer.Option(min=0, max=1, help="Lowest score that is drawn.")] = 0.3,
 ) -> None:
     """Run a trained detector on one key frame; write its boxes and a picture."""
     from .scoring import predict_sample
@@ -143,7 +158,7 @@ def show(
     run: Run,
     data: DataRoot,
     split: Split = "val",
-    frames: Annotated[int, typer.Option(help="How many key frames, spread over the split.")] = 6,
+    frames: Annotated[int, typer.Option(min=1, help="How many key frames, spread over the split.")] = 6,
     out: Annotated[
         Path | None, typer.Option("--out", help="Page; report.html of the run if not given.")
     ] = None,
@@ -214,9 +229,3 @@ def _image_size(text: str) -> tuple[int, int]:
     if not (width.isdigit() and height.isdigit()):
         raise typer.BadParameter(f"{text!r}; expected WIDTHxHEIGHT, as in 352x198")
     return int(width), int(height)
-
-
-def _spread(tokens: list[str], count: int) -> list[str]:
-    """`count` of the tokens, evenly spread."""
-    count = min(count, len(tokens))
-    return [tokens[i * len(tokens) // count] for i in range(count)]

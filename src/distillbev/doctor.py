@@ -19,6 +19,7 @@ OPTIONAL = {
     ),
 }
 REQUIRED = ("torch", "numpy", "PIL", "safetensors", "msgspec", "yaml", "rich", "typer", "embreex")
+INSTALL = "pip install -e . (or: make setup)"
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}
 
 
@@ -36,9 +37,9 @@ def examine() -> list[Finding]:
     """Looks at interpreter, packages, devices, memory and disk; changes nothing."""
     findings = [
         Finding("python", platform.python_version()),
-        Finding("distillbev", metadata.version("distillbev")),
+        _package("distillbev", None, INSTALL, fatal=False),
     ]
-    findings += [_package(name, None, "pip install -e . (or: make setup)", fatal=True) for name in REQUIRED]
+    findings += [_package(name, None, INSTALL, fatal=True) for name in REQUIRED]
     findings += [_package(name, use, mend, fatal=False) for name, (use, mend) in OPTIONAL.items()]
     findings += [_accelerator(), Finding("cpu cores", str(os.cpu_count())), _memory(), _disk()]
     return findings
@@ -53,12 +54,17 @@ def _package(module: str, use: str | None, mend: str, fatal: bool) -> Finding:
         reason = "not installed" if isinstance(error, ModuleNotFoundError) else f"broken: {error}"
         suffix = f" (optional: {use})" if use else ""
         return Finding(name, " ".join(reason.split()) + suffix, mend, fatal)
-    return Finding(name, metadata.version(name))
+    try:
+        return Finding(name, metadata.version(name))
+    except metadata.PackageNotFoundError:
+        return Finding(name, "there, but not installed by pip", mend)
 
 
 def _accelerator() -> Finding:
-    import torch
-
+    try:
+        import torch
+    except Exception:  # however it is broken, its own line says so
+        return Finding("gpu", "unknown without torch")
     if not torch.cuda.is_available():
         return Finding("gpu", "none; everything runs on the CPU (the tiny recipes are made for it)")
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

@@ -29,8 +29,7 @@ from .models.lift import DepthBins, LiftConfig
 from .models.pillars import DynamicPillarsConfig
 from .models.second import SecondConfig
 from .train.experiment import Experiment, LogConfig, OptimConfig
-from .train.inference import read_run
-from .train.loop import WEIGHTS_FILE
+from .train.inference import finished_weights, read_run
 from .train.schedule import ScheduleConfig
 
 TINY_RANGE_M = (-25.6, 25.6)
@@ -42,6 +41,7 @@ def tiny_head(velocity_weight: float) -> CenterHeadConfig:
     return CenterHeadConfig(
         shared_channels=96,
         branch_channels=None,
+        pool_counts=True,
         code_weights=(1.0,) * 8 + (velocity_weight,) * 2,
         score_threshold=0.02,
         max_detections_per_task=80,
@@ -208,7 +208,7 @@ def experiment_from(
     elif recipe.endswith((".yaml", ".yml")):
         experiment = read_config(Path(recipe), Experiment)
     else:
-        near = difflib.get_close_matches(recipe, RECIPES, n=2) or sorted(RECIPES)
+        near = difflib.get_close_matches(recipe, RECIPES, n=2) or RECIPES
         raise ConfigError(f"no recipe {recipe!r}; the nearest: {', '.join(near)} (see `distillbev recipes`)")
     experiment = replace(experiment, data_root=str(data))
     if seed is not None:
@@ -219,10 +219,11 @@ def experiment_from(
 
 
 def with_teacher(experiment: Experiment, run: Path) -> Experiment:
-    """The experiment, its teacher being the one trained in this run folder.
+    """The experiment, its teacher being the one trained in this run folder, on as many sweeps as there.
 
     Raises:
         ConfigError: the run trained no teacher, or the experiment takes none.
+        RunError: the folder is no run, or its training has not finished.
     """
     trained = read_run(run)
     if trained.student is not None or trained.teacher is None:
@@ -231,4 +232,9 @@ def with_teacher(experiment: Experiment, run: Path) -> Experiment:
         raise ConfigError(
             f"{experiment.name!r} learns from no teacher; drop --teacher or choose another recipe"
         )
-    return replace(experiment, teacher=trained.teacher, teacher_weights=str(run / WEIGHTS_FILE))
+    return replace(
+        experiment,
+        teacher=trained.teacher,
+        teacher_weights=str(finished_weights(run)),
+        data=replace(experiment.data, load_points=True, num_sweeps=trained.data.num_sweeps),
+    )

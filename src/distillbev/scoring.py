@@ -65,10 +65,27 @@ def score_results(results: Path, experiment: Experiment, samples: list[Sample], 
 
 def annotated_samples(nuscenes: NuScenes, split: str) -> list[Sample]:
     """All samples of a split, with their annotations."""
-    samples = [nuscenes.sample(token) for token in nuscenes.sample_tokens(split)]
-    if not samples:
-        raise DataError(f"{nuscenes.root}: split {split!r} has no samples; nothing to score")
-    return samples
+    return [nuscenes.sample(token) for token in tokens_of(nuscenes, split)]
+
+
+def tokens_of(nuscenes: NuScenes, split: str | None) -> list[str]:
+    """The key frames of a split, of the whole dataset where None.
+
+    Raises:
+        DataError: there are none.
+    """
+    tokens = nuscenes.sample_tokens(split)
+    if not tokens:
+        where = nuscenes.folder if split is None else f"split {split!r} of {nuscenes.folder}"
+        raise DataError(f"{where} has no samples, expected at least one; choose another split or dataset")
+    return tokens
+
+
+def spread_tokens(nuscenes: NuScenes, split: str | None, count: int) -> list[str]:
+    """At most `count` key frames, evenly spread over a split."""
+    tokens = tokens_of(nuscenes, split)
+    count = min(count, len(tokens))
+    return [tokens[i * len(tokens) // count] for i in range(count)]
 
 
 def predict_sample(run: Path, data: Path, token: str | None, out: Path, threshold: float) -> list[Path]:
@@ -80,13 +97,13 @@ def predict_sample(run: Path, data: Path, token: str | None, out: Path, threshol
 
     experiment, detector = load_trained(run, best_device())
     nuscenes = NuScenes(data)
-    token = token or nuscenes.sample_tokens(next(iter(nuscenes.splits())))[0]
+    token = tokens_of(nuscenes, None)[0] if token is None else token
     found = detect(experiment, detector, nuscenes, [token], show_progress=False)[token]
     sample = nuscenes.sample(token)
-    out.mkdir(parents=True, exist_ok=True)
+    pictures = detection_pictures(sample, confident(found, threshold), out, extent_of(experiment))
     boxes_file = out / f"{token}.json"
     boxes_file.write_text(json.dumps(boxes_as_rows(found), indent=1))
-    return [boxes_file, *detection_pictures(sample, confident(found, threshold), out, extent_of(experiment))]
+    return [boxes_file, *pictures]
 
 
 def boxes_as_rows(boxes: Boxes3D) -> list[dict[str, object]]:
@@ -121,14 +138,13 @@ def show_run(run: Path, data: Path, split: str, frames: int, page: Path) -> Path
 
     experiment, detector = load_trained(run, best_device())
     nuscenes = NuScenes(data)
-    tokens = nuscenes.sample_tokens(split)
-    count = min(frames, len(tokens))
-    chosen = [tokens[i * len(tokens) // count] for i in range(count)]
+    chosen = spread_tokens(nuscenes, split, frames)
     found = detect(experiment, detector, nuscenes, chosen)
     detections = {token: confident(boxes, SHOWN_SCORE) for token, boxes in found.items()}
     samples = [nuscenes.sample(token) for token in chosen]
+    content = run_page(experiment.name, run, samples, detections, extent_of(experiment))
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(run_page(experiment.name, run, samples, detections, extent_of(experiment)))
+    page.write_text(content)
     return page
 
 

@@ -34,9 +34,11 @@ def test_a_wrong_version_lists_those_found(tiny_root: Path):
 
 def test_two_versions_ask_for_a_choice(spoilt_root: Path):
     (spoilt_root / "v1.0-test").mkdir()
-    with pytest.raises(DataError, match=r"found v1\.0-mini, v1\.0-test; name one"):
+    with pytest.raises(DataError, match=r"found v1\.0-mini, v1\.0-test; give one of them"):
         NuScenes(spoilt_root)
     assert NuScenes(spoilt_root, "v1.0-mini").scenes() == ["scene-a", "scene-b"]
+    chosen = NuScenes(spoilt_root / "v1.0-mini")
+    assert (chosen.root, chosen.version) == (spoilt_root, "v1.0-mini")
 
 
 @pytest.mark.parametrize("make", [True, False])

@@ -50,7 +50,7 @@ class NuScenes:
     """A nuScenes folder (the real one, a simulated world, one's own rig): tokens in, samples out.
 
     Args:
-        root: the folder that holds `v1.0-*`, `samples` and `sweeps`.
+        root: the folder that holds `v1.0-*`, `samples` and `sweeps`, or its `v1.0-*` where it has several.
         version: name of the table folder; found by itself when there is exactly one `v1.0-*`.
 
     Raises:
@@ -58,8 +58,8 @@ class NuScenes:
     """
 
     def __init__(self, root: Path | str, version: str | None = None) -> None:
-        self.root = Path(root)
-        self.folder = find_version_folder(self.root, version)
+        self.folder = find_version_folder(Path(root), version)
+        self.root = self.folder.parent
         self._tables = Tables(self.folder)
         self._splits: dict[str, list[str]] | None = None
         self._poses: dict[
@@ -88,7 +88,9 @@ class NuScenes:
         else:
             splits = self.splits()
             if split not in splits:
-                raise DataError(f"{self.root}: no split {split!r}; there are {', '.join(sorted(splits))}")
+                raise DataError(
+                    f"{self.root}: no split {split!r}; there are {', '.join(sorted(splits))}: name one of them"
+                )
             scenes = splits[split]
         scene_tokens = {scene.name: scene.token for scene in self._tables.scene}
         by_scene = self._tables.samples_of_scene
@@ -187,7 +189,8 @@ class NuScenes:
         row = self._tables.sample.get(token)
         if row is None:
             raise DataError(
-                f"{self.folder / 'sample.json'}: no sample {token!r} among {len(self._tables.sample)}"
+                f"{self.folder / 'sample.json'}: no sample {token!r} among {len(self._tables.sample)}; "
+                "give a token of this table"
             )
         return row
 

@@ -213,7 +213,7 @@ class Tables:
 
 
 def find_version_folder(root: Path, version: str | None) -> Path:
-    """The folder of tables below `root`: the named version, or the only `v1.0-*` that is there.
+    """The folder of tables below `root`: the named version, or the only `v1.0-*`; `root` may be one itself.
 
     Raises:
         DataError: no such folder, or none or several to choose from; lists those found.
@@ -228,9 +228,11 @@ def find_version_folder(root: Path, version: str | None) -> Path:
         if version in found or (root / version).is_dir():
             return root / version
         raise DataError(f"{root}: no version folder {version!r}; {listing}")
+    if not found and root.name.startswith("v1.0-"):
+        return root
     if len(found) != 1:
-        mend = "name one as the version" if found else "expected a nuScenes folder; check the path"
-        raise DataError(f"{root}: expected exactly one v1.0-* folder, {listing}; {mend}")
+        mend = f"give one of them, as in {root / found[0]}" if found else "check the path"
+        raise DataError(f"{root}: expected a nuScenes folder with one v1.0-* folder, {listing}; {mend}")
     return root / found[0]
 
 
@@ -263,5 +265,7 @@ def _read_rows_slowly(path: Path, content: bytes, row_type: type[RowT]) -> list[
             rows.append(msgspec.convert(raw_row, row_type))
         except msgspec.ValidationError as error:
             token = raw_row.get("token") if isinstance(raw_row, dict) else None
-            raise DataError(f"{path}, row {number}, token {token!r}: {error}") from None
+            raise DataError(
+                f"{path}, row {number}, token {token!r}: {error}; mend the row or copy the table again"
+            ) from None
     return rows

@@ -111,7 +111,7 @@ class _Running:
     def steps_done(self) -> int:
         if self.job.metrics is None or not self.job.metrics.exists():
             return 0
-        lines = self.job.metrics.read_bytes().splitlines()
+        *lines, _half_written = self.job.metrics.read_bytes().split(b"\n")
         return json.loads(lines[-1])["step"] + 1 if lines else 0
 
     def stop(self) -> None:

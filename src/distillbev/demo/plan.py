@@ -58,8 +58,8 @@ class DemoPlan(Config, frozen=True):
     def __post_init__(self) -> None:
         if Arm.TEACHER not in self.arms:
             raise ConfigError("the demo needs its teacher; keep `teacher` among the arms")
-        if not self.seeds:
-            raise ConfigError("the demo needs at least one seed")
+        if not self.seeds or min(self.seeds) < 0:
+            raise ConfigError(f"seeds={list(self.seeds)}; the demo needs at least one, and none below 0")
 
 
 def choose_plan(
@@ -71,7 +71,8 @@ def choose_plan(
         ConfigError: flags that exclude one another, or an arm that does not exist.
     """
     if quick + full + large > 1:
-        raise ConfigError("--quick, --full and --large exclude one another; give at most one")
+        given = [f"--{name}" for name, on in (("quick", quick), ("full", full), ("large", large)) if on]
+        raise ConfigError(f"{' and '.join(given)} exclude one another; give at most one")
     plan = DemoPlan()
     if quick:
         plan = msgspec.structs.replace(
@@ -98,7 +99,7 @@ def choose_plan(
         names = [name.strip() for name in arms.split(",") if name.strip()]
         unknown = [name for name in names if name not in list(Arm)]
         if unknown:
-            raise ConfigError(f"--arms names {unknown}; the arms are {', '.join(Arm)}")
+            raise ConfigError(f"--arms names {', '.join(unknown)}; choose from {', '.join(Arm)}")
         chosen = {Arm.TEACHER, *map(Arm, names)}
         plan = msgspec.structs.replace(plan, arms=tuple(arm for arm in Arm if arm in chosen))
     count = seeds if seeds is not None else len(plan.seeds)

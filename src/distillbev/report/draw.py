@@ -228,7 +228,6 @@ def inspect_sample(sample: Sample, out_dir: Path) -> list[Path]:
     Raises:
         DataError: an image or a point file is absent or damaged.
     """
-    out_dir.mkdir(parents=True, exist_ok=True)
     points = load_points(sample)
     layers, count = [], "not annotated"
     if sample.annotations is not None:
@@ -244,6 +243,7 @@ def inspect_sample(sample: Sample, out_dir: Path) -> list[Path]:
         )
         pictures["points.jpg"] = camera_mosaic(sample, points=points, title=title_points)
     pictures["bev.png"] = bev_picture(points, layers, title=title)
+    out_dir.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, picture in pictures.items():
         paths.append(out_dir / f"{sample.scene}_{sample.token[:8]}_{name}")

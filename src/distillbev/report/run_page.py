@@ -29,9 +29,12 @@ def detection_pictures(sample: Sample, detections: Boxes3D, out: Path, extent_m:
     layers = layers_of(sample, detections)
     points = load_points(sample) if sample.sweeps else None
     title = f"{sample.scene}   {sample.token[:8]}   {len(detections)} detections"
+    cameras = camera_mosaic(sample, layers, title=title)
+    bev = bev_picture(points, layers, extent_m, title=title)
+    out.mkdir(parents=True, exist_ok=True)
     paths = [out / f"{sample.token}_cameras.jpg", out / f"{sample.token}_bev.png"]
-    camera_mosaic(sample, layers, title=title).save(paths[0], quality=92)
-    bev_picture(points, layers, extent_m, title=title).save(paths[1])
+    cameras.save(paths[0], quality=92)
+    bev.save(paths[1])
     return paths
 
 

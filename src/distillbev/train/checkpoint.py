@@ -16,11 +16,20 @@ from ..errors import CheckpointError
 
 
 def save_weights(state: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Writes tensors to one safetensors file, atomically."""
+    """Writes tensors to one safetensors file, atomically.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.part")
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, temporary, metadata
-    )
+    try:
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, temporary, metadata
+        )
+    except SafetensorError as error:  # a full disk comes out as this
+        raise CheckpointError(
+            f"{path}: cannot be written ({error}); make room or mend the permissions, then run again"
+        ) from None
     os.replace(temporary, path)
 
 
@@ -76,7 +85,7 @@ class Checkpoint:
     @staticmethod
     def latest(checkpoints: Path) -> Checkpoint | None:
         """The newest complete checkpoint; unfinished ones (hidden folders) do not count."""
-        folders = sorted(checkpoints.glob("step-*"))
+        folders = sorted(checkpoints.glob("step-" + "[0-9]" * 7))
         return Checkpoint(folders[-1]) if folders else None
 
     @staticmethod
@@ -109,7 +118,19 @@ class Checkpoint:
             shutil.rmtree(old)
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor] | None:
-        """Puts model, optimizer and random state back as they were; returns the averaged weights, if any."""
+        """Puts model, optimizer and random state back as they were; returns the averaged weights, if any.
+
+        Raises:
+            CheckpointError: a file of it is absent, damaged, or belongs to another architecture.
+        """
+        try:
+            return self._restore(model, optimizer)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error}, or delete {self.folder} to go on from the checkpoint before"
+            ) from None
+
+    def _restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor] | None:
         load_weights(model, self.folder / "model.safetensors")
         tensors = read_weights(self.folder / "optimizer.safetensors")
         state: dict[int, dict[str, Tensor]] = {}

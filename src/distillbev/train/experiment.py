@@ -1,5 +1,6 @@
 """A whole run as one frozen value: what is trained, on what, and how."""
 
+import math
 from typing import Literal
 
 from ..config import Config
@@ -35,6 +36,15 @@ class OptimConfig(Config, frozen=True):
         for name in ("steps", "accumulate"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}; choose 1 or more")
+        for name in ("labelled_per_step", "unlabelled_per_step", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)}; choose 0 or more")
+        if not 0 < self.learning_rate < math.inf:
+            raise ConfigError(f"learning_rate={self.learning_rate}; choose a number above 0")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ConfigError(f"clip_norm={self.clip_norm}; choose a norm above 0, or null for no clipping")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ConfigError(f"ema_decay={self.ema_decay}; choose a share between 0 and 1, or null for none")
         if self.labelled_per_step + self.unlabelled_per_step < 1:
             raise ConfigError("a step without samples; raise labelled_per_step or unlabelled_per_step")
         if self.accumulate > self.labelled_per_step + self.unlabelled_per_step:
@@ -51,6 +61,12 @@ class LogConfig(Config, frozen=True):
     gradient_norms_every: int | None = 100
     keep_checkpoints: int = 2
     tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("log_every", "checkpoint_every", "gradient_norms_every", "keep_checkpoints"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value}; choose 1 or more")
 
 
 class Experiment(Config, frozen=True):
@@ -80,6 +96,9 @@ class Experiment(Config, frozen=True):
     def __post_init__(self) -> None:
         if self.student is None and self.teacher is None:
             raise ConfigError(f"experiment {self.name!r} trains nothing; give a teacher or a student")
+        for name in ("seed", "workers"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)}; choose 0 or more")
         if self.needs_teacher and self.teacher is None:
             raise ConfigError(
                 f"experiment {self.name!r} learns from a teacher, but names none; set `teacher`"

@@ -31,6 +31,17 @@ def read_run(run: Path) -> Experiment:
     return read_config(run / "experiment.yaml", Experiment)
 
 
+def finished_weights(run: Path) -> Path:
+    """The file with the weights of a run.
+
+    Raises:
+        RunError: its training has not finished.
+    """
+    if not (run / WEIGHTS_FILE).exists():
+        raise RunError(f"{run}: no {WEIGHTS_FILE} yet; let `distillbev train` finish (it resumes by itself)")
+    return run / WEIGHTS_FILE
+
+
 def load_trained(run: Path, device: torch.device | str = "cpu") -> tuple[Experiment, BevDet | CenterPoint]:
     """The trained detector of a run folder, ready for use.
 
@@ -38,11 +49,9 @@ def load_trained(run: Path, device: torch.device | str = "cpu") -> tuple[Experim
         RunError: the folder is no run, or its training has not finished.
         CheckpointError: the weights do not fit the experiment beside them.
     """
-    experiment = read_run(run)
-    if not (run / WEIGHTS_FILE).exists():
-        raise RunError(f"{run}: no {WEIGHTS_FILE} yet; let `distillbev train` finish (it resumes by itself)")
+    experiment, weights = read_run(run), finished_weights(run)
     detector = build_detector(experiment)
-    load_weights(detector, run / WEIGHTS_FILE)
+    load_weights(detector, weights)
     return experiment, detector.to(device).eval()
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..config import read_config, write_config
+from ..config import first_difference, read_config, write_config
 from ..data.loader import BatchLoader, FrameDataset, frames_of_splits, make_training_loader
 from ..data.samples import NuScenes
 from ..data.schema import Batch
@@ -30,6 +32,8 @@ from .environment import describe_environment
 from .experiment import Experiment
 from .schedule import learning_rate_factor
 
+logger = logging.getLogger(__name__)
+
 WEIGHTS_FILE = "weights.safetensors"
 ADAPTERS_FILE = "adapters.safetensors"  # what learns beside the student and is not needed after training
 
@@ -41,7 +45,7 @@ class DetectionObjective(nn.Module):
         super().__init__()
         self.student = detector
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, step: int | None = None) -> dict[str, Tensor]:
         return self.student.loss(self.student(batch), batch)
 
 
@@ -71,13 +75,18 @@ def load_teacher(experiment: Experiment) -> CenterPoint:
 
 
 def build_objective(experiment: Experiment) -> DetectionObjective | Distiller:
-    """The detector and what it minimises: its own loss, or a teacher's lessons as well."""
+    """The detector and what it minimises: its own loss, or a teacher's lessons as well.
+
+    A fresh student starts from the files that the experiment names: its image backbone's, its teacher's head.
+    """
     detector = build_detector(experiment)
+    if isinstance(detector, BevDet) and (report := detector.image_encoder.load_backbone_weights()):
+        logger.info("image backbone: %s", report)
     if not experiment.needs_teacher:
         return DetectionObjective(detector)
     teacher = load_teacher(experiment)
     if experiment.inherit_head:
-        inherit_head(detector, teacher)
+        logger.info("%s", inherit_head(detector, teacher))
     if experiment.distill is None:
         return DetectionObjective(detector)
     return Distiller(teacher, detector, experiment.distill)
@@ -115,7 +124,7 @@ def train(experiment: Experiment, run: Path, *, resume: bool = True, show_progre
     """
     rank, world_size, device = join_processes()
     weights = run / WEIGHTS_FILE
-    claim_run_folder(experiment, run, resume, write=rank == 0)
+    require_own_folder(experiment, run, resume)
     if weights.exists():
         return weights
 
@@ -128,20 +137,22 @@ def train(experiment: Experiment, run: Path, *, resume: bool = True, show_progre
         parameter_groups(objective, optim.weight_decay), lr=optim.learning_rate, foreach=True
     )
     average = AveragedWeights(model, optim.ema_decay) if optim.ema_decay is not None else None
-    first_step = 0
-    if resume and (checkpoint := Checkpoint.latest(run / "checkpoints")):
+    checkpoint = Checkpoint.latest(run / "checkpoints")
+    first_step = checkpoint.step if checkpoint is not None else 0
+    batches: Iterator[Batch] = iter(training_loader(experiment, nuscenes, first_step, rank, world_size))
+    # Damaged data is told here, before anything is written.
+    batches = chain([next(batches)], batches)
+    if checkpoint is not None:  # after the loader has begun, which draws from the random state
         averaged = checkpoint.restore(objective, optimizer)
-        first_step = checkpoint.step
         if average is not None and averaged is not None:
             average.state = {name: tensor.to(device) for name, tensor in averaged.items()}
-    if rank == 0:
-        forget_log_after(run / "metrics.jsonl", first_step)
-        (run / "environment.json").write_text(json.dumps(describe_environment(nuscenes.root), indent=2))
 
-    loader = training_loader(experiment, nuscenes, first_step, rank, world_size)
     parallel = DistributedDataParallel(objective, broadcast_buffers=False) if world_size > 1 else objective
     objective.train()
-    batches: Iterator[Batch] = iter(loader)
+    if rank == 0:
+        claim_run_folder(experiment, run)
+        forget_log_after(run / "metrics.jsonl", first_step)
+        (run / "environment.json").write_text(json.dumps(describe_environment(nuscenes.root), indent=2))
     with StepLog(
         run, experiment, first_step, enabled=rank == 0, show=show_progress and rank == 0
     ) as step_log:
@@ -157,10 +168,10 @@ def train(experiment: Experiment, run: Path, *, resume: bool = True, show_progre
                     batch = next(batches).to(device)
                 tokens += batch.tokens
                 last = part == optim.accumulate - 1
-                hold_back = isinstance(parallel, DistributedDataParallel) and not last
-                with parallel.no_sync() if hold_back else nullcontext():
+                in_processes = isinstance(parallel, DistributedDataParallel)
+                with parallel.no_sync() if in_processes and not last else nullcontext():
                     with autocast(optim.precision, device):
-                        losses = parallel(batch)
+                        losses = parallel(batch, step)
                     total = torch.stack([loss.float() for loss in losses.values()]).sum()
                     require_finite(losses, batch, step, run)
                     if rank == 0 and last and is_due(step, log.gradient_norms_every):
@@ -231,23 +242,30 @@ def join_processes() -> tuple[int, int, torch.device]:
     return (dist.get_rank(), world_size, device) if world_size > 1 else (0, 1, device)
 
 
-def claim_run_folder(experiment: Experiment, run: Path, resume: bool, write: bool) -> None:
-    """Makes the folder this experiment's own; refuses one that holds something else.
+def require_own_folder(experiment: Experiment, run: Path, resume: bool) -> None:
+    """Refuses a folder that holds something else than this experiment.
 
     Raises:
         RunError: the folder holds another experiment, or the same one while `resume` is off.
     """
     path = run / "experiment.yaml"
     if path.exists():
-        if read_config(path, Experiment) != experiment:
-            raise RunError(f"{run} holds another run (its experiment.yaml differs); choose another --out")
+        if difference := first_difference(read_config(path, Experiment), experiment):
+            key, theirs, ours = difference
+            raise RunError(
+                f"{run} holds another run: its {key} is {theirs!r}, this one's {ours!r}; choose another --out"
+            )
         if not resume:
             raise RunError(f"{run} holds this run already; let it resume, or choose another --out")
     elif run.exists() and any(run.iterdir()):
         raise RunError(f"{run} is not empty and holds no run (no experiment.yaml); choose another --out")
-    if write and not path.exists():
-        run.mkdir(parents=True, exist_ok=True)
-        write_config(experiment, path)
+
+
+def claim_run_folder(experiment: Experiment, run: Path) -> None:
+    """Makes the folder this experiment's own."""
+    run.mkdir(parents=True, exist_ok=True)
+    if not (run / "experiment.yaml").exists():
+        write_config(experiment, run / "experiment.yaml")
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -295,10 +313,27 @@ def is_due(step: int, every: int | None) -> bool:
 
 
 def forget_log_after(path: Path, step: int) -> None:
-    """Drops log lines of steps that a resumed run will take again."""
-    if path.exists():
-        lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] < step]
-        path.write_text("".join(line + "\n" for line in lines))
+    """Drops log lines of steps that a resumed run will take again, and a last line that was cut off.
+
+    Raises:
+        RunError: a line is no JSON object with a step.
+    """
+    if not path.exists():
+        return
+    *lines, _cut_off = path.read_text(errors="replace").split("\n")
+    kept = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            if json.loads(line)["step"] < step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            raise RunError(
+                f"{path}, line {number}: found {line[:40]!r}, expected a JSON object with a step; "
+                "delete the line (only the training curves need it)"
+            ) from None
+    part = path.with_name(f".{path.name}.part")
+    part.write_text("".join(kept))
+    part.replace(path)
 
 
 class StepLog:
