@@ -2,14 +2,17 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import msgspec.structs
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from distillbev.boxes import Boxes3D
+from distillbev.config import read_config, write_config
 from distillbev.data.schema import Batch
 from distillbev.errors import ConfigError, DataError
 from distillbev.grid import BevGrid
@@ -18,6 +21,7 @@ from distillbev.models.bevformer import (
     BevFormer,
     BevFormerConfig,
     EncoderConfig,
+    ImagePyramid,
     ImagePyramidConfig,
     bevformer_base,
     bevformer_small,
@@ -33,7 +37,9 @@ from distillbev.models.query_head import QueryHeadConfig
 GRID = BevGrid(x_range_m=(-16.0, 16.0), y_range_m=(-12.0, 12.0), cell_m=2.0)
 CONFIG = BevFormerConfig(
     grid=GRID,
-    images=ImagePyramidConfig(backbone=PlainCnnConfig(widths=(4, 8, 8), convs=(1, 1, 1)), strides=(4, 8)),
+    image_encoder=ImagePyramidConfig(
+        backbone=PlainCnnConfig(widths=(4, 8, 8), convs=(1, 1, 1)), strides=(4, 8)
+    ),
     num_cameras=2,
     channels=16,
     encoder=EncoderConfig(layers=2, heads=2, ffn_channels=16, dropout=0.0),
@@ -169,6 +175,61 @@ def test_samples_do_not_touch_each_other() -> None:
     torch.testing.assert_close(first, second.flip(0), rtol=1e-4, atol=1e-5)
 
 
+def test_a_small_model_learns_to_place_what_it_sees() -> None:
+    """Red squares, of a size that tells how far they are, left or right in one of two cameras."""
+    torch.manual_seed(0)
+    detector = model().train()
+    optimizer = torch.optim.AdamW(detector.parameters(), lr=3e-3)
+    for step in range(180):
+        frame = squares(4, seed=step)
+        optimizer.zero_grad()
+        torch.stack(list(detector.loss(detector(frame), frame).values())).sum().backward()
+        torch.nn.utils.clip_grad_norm_(detector.parameters(), 35.0)
+        optimizer.step()
+    frame = squares(32, seed=-1)
+    places = torch.stack([boxes.boxes[0, :2] for boxes in frame.boxes if boxes is not None])
+    found = torch.stack([best.boxes[0, :2] for best in detector.eval().decode(detector(frame))])
+    guess = (places - places.mean(dim=0)).norm(dim=1).mean()
+    assert (found - places).norm(dim=1).mean() < guess / 2
+
+
+def squares(samples: int, seed: int) -> Batch:
+    """Frames with one square of 2 m each, 5 to 11 m away in front or to the right."""
+    rng = np.random.default_rng(seed + 1)
+    frame = batch(0, [pose(0.0, 0.0, 0.0)] * samples)
+    images = torch.full((samples, 2, 3, 32, 48), 60, dtype=torch.uint8)
+    for i in range(samples):
+        camera, away = int(rng.integers(2)), rng.uniform(5, 11)
+        beside = rng.uniform(-0.4, 0.4) * away
+        column, half = int(24 + 30 * beside / away), int(30 / away)
+        red = torch.tensor([255, 30, 30], dtype=torch.uint8)[:, None, None]
+        images[i, camera, :, 16 - half : 16 + half, max(column - half, 0) : column + half] = red
+        place = [beside, away] if camera == 0 else [away, -beside]
+        row = torch.tensor([[*place, 0.0, 2.0, 2.0, 2.0, 0.0, 0.0, 0.0]])
+        frame.boxes[i] = Boxes3D(row, torch.tensor([0]))
+    return replace(frame, images=images)
+
+
+def test_settings_are_read_as_they_were_written(tmp_path: Path) -> None:
+    for config in (CONFIG, bevformer_base()):
+        write_config(config, tmp_path / "model.yaml")
+        assert read_config(tmp_path / "model.yaml", BevFormerConfig) == config
+
+
+def test_weights_of_a_plain_backbone_start_a_deformable_one(tmp_path: Path) -> None:
+    path = tmp_path / "resnet.safetensors"
+    backbone = ResNetConfig(depth=50, base_width=2)
+    plain = ImagePyramid(ImagePyramidConfig(backbone=backbone), 4)
+    save_file({n: t.contiguous() for n, t in plain.backbone.state_dict().items()}, path)
+    config = ImagePyramidConfig(backbone=backbone, deformable_stages=(3,), weights=str(path))
+    deformable = ImagePyramid(config, 4)
+    assert "tensors loaded" in str(deformable.load_backbone_weights())
+    state = deformable.backbone.state_dict()
+    for name, tensor in plain.backbone.state_dict().items():
+        assert torch.equal(state[name], tensor), name
+    assert plain.load_backbone_weights() is None
+
+
 def test_recomputing_layers_changes_no_gradient() -> None:
     saving = msgspec.structs.replace(
         CONFIG, encoder=msgspec.structs.replace(CONFIG.encoder, checkpoint_layers=True)
@@ -263,7 +324,7 @@ def test_settings_that_cannot_work_are_refused() -> None:
     with pytest.raises(ConfigError, match="deformable_stages"):
         ImagePyramidConfig(backbone=ResNetConfig(depth=18), deformable_stages=(3,))
     with pytest.raises(ConfigError, match="start with one"):
-        model(msgspec.structs.replace(CONFIG, images=ImagePyramidConfig(strides=(64,))))
+        model(msgspec.structs.replace(CONFIG, image_encoder=ImagePyramidConfig(strides=(64,))))
     with pytest.raises(ConfigError, match="spatial_points"):
         EncoderConfig(spatial_points=6)
     with pytest.raises(ConfigError, match="channels"):

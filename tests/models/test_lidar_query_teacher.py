@@ -6,8 +6,11 @@ import torch
 
 from distillbev.boxes import Boxes3D
 from distillbev.data.schema import Batch
+from distillbev.distill.distiller import Distiller, inherit_head, released_bevformer
 from distillbev.errors import ConfigError, DataError
 from distillbev.grid import BevGrid
+from distillbev.models.bevformer import BevFormer, BevFormerConfig, EncoderConfig, ImagePyramidConfig
+from distillbev.models.image_encoder import PlainCnnConfig
 from distillbev.models.lidar_query_teacher import (
     LidarQueryTeacher,
     LidarQueryTeacherConfig,
@@ -66,6 +69,39 @@ def test_a_step_reaches_every_parameter() -> None:
     teacher = LidarQueryTeacher(CONFIG).train()
     torch.stack(list(teacher.loss(teacher(batch()), batch()).values())).sum().backward()
     assert not [n for n, p in teacher.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+
+
+def test_a_bevformer_imitates_its_map_and_starts_with_its_head() -> None:
+    torch.manual_seed(0)
+    teacher = LidarQueryTeacher(CONFIG)
+    student = BevFormer(
+        BevFormerConfig(
+            grid=CONFIG.grid,
+            image_encoder=ImagePyramidConfig(
+                backbone=PlainCnnConfig(widths=(4, 8), convs=(1, 1)), strides=(4,)
+            ),
+            num_cameras=1,
+            channels=16,
+            encoder=EncoderConfig(layers=1, heads=2, ffn_channels=16),
+            head=CONFIG.head,
+        )
+    )
+    report = inherit_head(student, teacher)
+    assert not report.left
+    for name, weight in student.head.state_dict().items():
+        assert torch.equal(weight, teacher.head.state_dict()[name])
+    frame = batch()
+    forward = torch.eye(4)
+    forward[:3, :3] = torch.tensor([[1.0, 0, 0], [0, 0, 1], [0, -1, 0]])
+    frame.images = torch.randint(0, 256, (2, 1, 3, 16, 16), dtype=torch.uint8)
+    frame.cam2lidar = forward.expand(2, 1, 4, 4)
+    frame.cam2img = torch.diag(torch.tensor([8.0, 8.0, 1.0, 1.0])).expand(2, 1, 4, 4)
+    distiller = Distiller(teacher, student, released_bevformer())
+    terms = distiller(frame)
+    assert any(name.startswith("imitate/head/") for name in terms) and "class" in terms
+    torch.stack([term.sum() for term in terms.values()]).sum().backward()
+    assert student.encoder.bev_embedding.weight.grad is not None
+    assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
 def test_codes_of_cells_tell_rows_from_columns_on_a_map_that_is_not_square() -> None:

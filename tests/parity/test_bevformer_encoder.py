@@ -44,7 +44,7 @@ def model() -> BevFormerEncoder:
     config = BevFormerConfig(
         grid=BevGrid(x_range_m=(-20.0, 20.0), y_range_m=(-16.0, 16.0), cell_m=4.0),
         z_range_m=(-5.0, 3.0),
-        images=ImagePyramidConfig(strides=(8, 16)),
+        image_encoder=ImagePyramidConfig(strides=(8, 16)),
         num_cameras=4,
         channels=32,
         encoder=EncoderConfig(layers=2, heads=4, ffn_channels=64),
@@ -87,7 +87,7 @@ def run_layer0(encoder: BevFormerEncoder, scene: Scene) -> dict[str, Tensor]:
     query = query + layer.temporal(query, scene.position, maps, references, scene.shape)
     steps["temporal"] = query
     steps["norm0"] = query = layer.norms[0](query)
-    query = query + layer.spatial(query, scene.value, scene.value_shapes, scene.anchors_uv, scene.visible)
+    query = query + layer.spatial(query, scene.value, scene.value_shapes, scene.sight)
     steps["spatial"] = query
     steps["norm1"] = query = layer.norms[1](query)
     steps["ffn"] = query = query + layer.feed_forward(query)
@@ -104,7 +104,10 @@ def test_what_the_layers_look_at_is_the_reference_s(frame: int) -> None:
     close(scene.initial[0], OUTPUTS[f"{prefix}.encoder_in.bev_query"][:, 0])
     expected = OUTPUTS[f"{prefix}.encoder_in.value"]  # of camera 0 only in frame 1
     close(scene.value[0, : len(expected)], expected)
-    assert torch.equal(scene.visible.transpose(0, 1), OUTPUTS[f"{prefix}.bev_mask"])
+    seen = OUTPUTS[f"{prefix}.bev_mask"].any(dim=-1)  # (N, 1, Q)
+    assert torch.equal(scene.sight.cameras[0, :, 0], seen.sum(dim=0)[0])
+    for camera, rows in enumerate(scene.sight.rows.view(4, -1)):
+        assert torch.equal(rows[scene.sight.found[camera]], seen[camera, 0].nonzero()[:, 0])
     pairs = torch.cat([scene.history_reference, scene.reference])
     close(pairs, OUTPUTS[f"{prefix}.ref_2d_pairs"][:, :, 0])
     if frame == 1:

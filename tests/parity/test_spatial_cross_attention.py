@@ -14,6 +14,7 @@ from distillbev.grid import BevGrid
 from distillbev.models.attention import (
     SpatialCrossAttention,
     cell_reference,
+    find_sight,
     sample_deformably,
     sample_deformably_by_loop,
 )
@@ -85,7 +86,10 @@ def test_attention_is_the_reference_s_with_visibility_per_sample(samples: int, c
     module = attention()
     query, value, uv, visible = batch()
     out = query[:samples] + module(
-        query[:samples], value[:samples], shapes("sca.spatial_shapes"), uv[:samples], visible[:samples]
+        query[:samples],
+        value[:samples],
+        shapes("sca.spatial_shapes"),
+        find_sight(uv[:samples], visible[:samples]),
     )
     expected = OUTPUTS["sca.b0.out" if case == "b0" else "sca.batch.expected"]
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
@@ -109,5 +113,5 @@ def test_visibility_of_sample_zero_alone_gives_the_reference_s_fault() -> None:
 def test_a_query_that_no_camera_sees_gets_the_output_bias() -> None:
     module = attention()
     query, value, uv, visible = batch()
-    out = module(query, value, shapes("sca.spatial_shapes"), uv, torch.zeros_like(visible))
+    out = module(query, value, shapes("sca.spatial_shapes"), find_sight(uv, torch.zeros_like(visible)))
     torch.testing.assert_close(out, module.output_proj.bias.expand_as(out))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +85,9 @@ class DeformableAttention(nn.Module):
         self.output_proj = mixing_layer(channels)
 
     def forward(self, query: Tensor, value: Tensor, shapes: Shapes, reference: Tensor) -> Tensor:
-        """Args:
+        """Lets every query look around its reference point.
+
+        Args:
             query: (B, Q, C), its position already added.
             value: (B, S, C).
             shapes: (H, W) of each level.
@@ -126,7 +129,9 @@ class TemporalSelfAttention(nn.Module):
         references: tuple[Tensor, Tensor],
         shape: tuple[int, int],
     ) -> Tensor:
-        """Args:
+        """Lets every cell look at both maps around where it lies in them.
+
+        Args:
             query: (B, Q, C), Q the cells row by row.
             position: (Q, C), added to the query where it chooses, not where it is looked at.
             maps: two of (B, Q, C), history and present.
@@ -171,44 +176,72 @@ class SpatialCrossAttention(nn.Module):
         self.value_proj = mixing_layer(channels)
         self.output_proj = mixing_layer(channels)
 
-    def forward(
-        self, query: Tensor, value: Tensor, shapes: Shapes, anchors_uv: Tensor, visible: Tensor
-    ) -> Tensor:
-        """Args:
+    def forward(self, query: Tensor, value: Tensor, shapes: Shapes, sight: Sight) -> Tensor:
+        """Lets every cell look into the cameras that see its pillar.
+
+        Args:
             query: (B, Q, C).
             value: (B, N, S, C), image features.
             shapes: (H, W) of each level.
-            anchors_uv: (B, N, Q, D, 2), the pillars' anchors in every image, 0 to 1.
-            visible: (B, N, Q, D) bool, whether the camera sees the anchor.
+            sight: who sees what.
 
         Returns:
             (B, Q, C), to be added to the query; only the output's bias where no camera sees the pillar.
         """
-        B, N, Q, D = visible.shape
+        B, Q = query.shape[:2]
         M, L, P = self.heads, self.levels, self.points
         offsets = self.sampling_offsets(query)  # (B, Q, M*L*P*2)
         weights = self.attention_weights(query).unflatten(-1, (M, L * P)).softmax(dim=-1)
 
-        # Few cameras see a cell: gather each camera's queries, padded to the largest number of any camera.
-        sees = visible.any(dim=-1)  # (B, N, Q)
-        longest = max(int(sees.sum(dim=-1).max()), 1)
-        found, queries = sees.byte().sort(dim=-1, descending=True, stable=True)
-        found, queries = found[..., :longest].bool(), queries[..., :longest]  # (B, N, R)
-        rows = (queries + torch.arange(B, device=query.device)[:, None, None] * Q).flatten()  # of (B*Q)
-
         def rows_of(per_query: Tensor) -> Tensor:
-            return per_query.flatten(0, 1).index_select(0, rows).unflatten(0, (B * N, longest))
+            return per_query.flatten(0, 1).index_select(0, sight.rows).unflatten(0, sight.found.shape)
 
-        anchors = anchors_uv.gather(2, queries[..., None, None].expand(-1, -1, -1, D, 2)).flatten(0, 1)
         offsets_in_levels = rows_of(offsets).unflatten(-1, (M, L, P, 2)) / cells_of_levels(shapes, query)
         # Point p of a level belongs to anchor p modulo D.
-        places = anchors.repeat(1, 1, P // D, 1)[:, :, None, None] + offsets_in_levels  # (B*N, R, M, L, P, 2)
+        anchors = sight.anchors_uv.repeat(1, 1, P // self.anchors, 1)[:, :, None, None]
+        places = anchors + offsets_in_levels  # (B*N, R, M, L, P, 2)
         heads = self.value_proj(value).flatten(0, 1).unflatten(-1, (M, -1))  # (B*N, S, M, C/M)
         looked = sample_deformably(heads, shapes, places, rows_of(weights).unflatten(-1, (L, P)))
 
-        looked = (looked * found.flatten(0, 1)[..., None]).flatten(0, 1)
-        slots = looked.new_zeros(B * Q, looked.shape[-1]).index_add(0, rows, looked).unflatten(0, (B, Q))
-        return self.output_proj(slots / sees.sum(dim=1).clamp(min=1)[..., None])
+        looked = (looked * sight.found[..., None]).flatten(0, 1)
+        slots = looked.new_zeros(B * Q, looked.shape[-1]).index_add(0, sight.rows, looked)
+        return self.output_proj(slots.unflatten(0, (B, Q)) / sight.cameras.clamp(min=1))
+
+
+@dataclass
+class Sight:
+    """Which queries each camera sees, and where: found once per frame, for all layers.
+
+    Few cameras see a cell, so each camera's queries are gathered, R rows of them: as many as any camera sees.
+
+    Attributes:
+        rows: (B*N*R,), the query of each row, numbered over the batch.
+        found: (B*N, R) bool, False for rows that only pad.
+        anchors_uv: (B*N, R, D, 2), the anchors of the rows' pillars in the camera's image, 0 to 1.
+        cameras: (B, Q, 1), by how many cameras a query is seen.
+    """
+
+    rows: Tensor
+    found: Tensor
+    anchors_uv: Tensor
+    cameras: Tensor
+
+
+def find_sight(anchors_uv: Tensor, visible: Tensor) -> Sight:
+    """Gathers each camera's queries.
+
+    Args:
+        anchors_uv: (B, N, Q, D, 2), the pillars' anchors in every image, 0 to 1.
+        visible: (B, N, Q, D) bool, whether the camera sees the anchor.
+    """
+    B, _, Q, D = visible.shape
+    sees = visible.any(dim=-1)  # (B, N, Q)
+    longest = max(int(sees.sum(dim=-1).max()), 1)
+    found, queries = sees.byte().sort(dim=-1, descending=True, stable=True)
+    found, queries = found[..., :longest].bool(), queries[..., :longest]  # (B, N, R)
+    rows = queries + torch.arange(B, device=queries.device)[:, None, None] * Q
+    anchors = anchors_uv.gather(2, queries[..., None, None].expand(-1, -1, -1, D, 2))
+    return Sight(rows.flatten(), found.flatten(0, 1), anchors.flatten(0, 1), sees.sum(dim=1)[..., None])
 
 
 class FeedForward(nn.Module):

@@ -20,7 +20,15 @@ from ..config import Config
 from ..data.schema import Batch
 from ..errors import ConfigError, DataError
 from ..grid import BevGrid
-from .attention import FeedForward, SpatialCrossAttention, TemporalSelfAttention, cell_reference, flatten_maps
+from .attention import (
+    FeedForward,
+    Sight,
+    SpatialCrossAttention,
+    TemporalSelfAttention,
+    cell_reference,
+    find_sight,
+    flatten_maps,
+)
 from .deformable_conv import DeformableConv2d
 from .feature_pyramid import FeaturePyramid
 from .image_encoder import (
@@ -99,7 +107,7 @@ class BevFormerConfig(Config, frozen=True):
 
     grid: BevGrid = BevGrid(cell_m=0.512)
     z_range_m: tuple[float, float] = (-5.0, 3.0)
-    images: ImagePyramidConfig = ImagePyramidConfig()
+    image_encoder: ImagePyramidConfig = ImagePyramidConfig()
     num_cameras: int = 6
     channels: int = 256
     encoder: EncoderConfig = EncoderConfig()
@@ -170,6 +178,8 @@ class ImagePyramid(nn.Module):
         self.stages = [strides.index(stride) for stride in config.strides if stride in strides]
         stage_channels = [self.backbone.out_channels[stage] for stage in self.stages]
         self.neck = FeaturePyramid(stage_channels, channels, levels=len(config.strides))
+        # Convolutions are faster so; keys, shapes and values stay.
+        self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]: its stub lacks it
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, N, 3, H, W), uint8 RGB or normalised floats -> levels (B, N, C, H', W'), fine to coarse."""
@@ -213,7 +223,7 @@ class EncoderLayer(nn.Module):
         references = (scene.history_reference, scene.reference)
         update = self.temporal(query, scene.position, maps, references, scene.shape)
         query = self.norms[0](query + self.dropout(update))
-        update = self.spatial(query, scene.value, scene.value_shapes, scene.anchors_uv, scene.visible)
+        update = self.spatial(query, scene.value, scene.value_shapes, scene.sight)
         query = self.norms[1](query + self.dropout(update))
         return self.norms[2](query + self.dropout(self.feed_forward(query)))
 
@@ -231,8 +241,7 @@ class Scene:
     history_reference: Tensor
     value: Tensor
     value_shapes: Sequence[tuple[int, int]]
-    anchors_uv: Tensor
-    visible: Tensor
+    sight: Sight
 
 
 class BevFormerEncoder(nn.Module):
@@ -242,7 +251,7 @@ class BevFormerEncoder(nn.Module):
         super().__init__()
         self.config = config
         channels, (rows, columns) = config.channels, config.grid.shape
-        levels = len(config.images.strides)
+        levels = len(config.image_encoder.strides)
         self.bev_embedding = nn.Embedding(rows * columns, channels)
         self.row_embedding = nn.Embedding(rows, channels // 2)
         self.column_embedding = nn.Embedding(columns, channels // 2)
@@ -277,7 +286,9 @@ class BevFormerEncoder(nn.Module):
         motion: PlanarMotion,
         history: BevHistory | None = None,
     ) -> Tensor:
-        """Args:
+        """Builds the BEV memory of one frame.
+
+        Args:
             features: levels (B, N, C, H, W), fine to coarse.
             lidar2img: (B, N, 4, 4), LiDAR frame -> image pixels (u*d, v*d, d, 1).
             image_size_hw: of the images that `lidar2img` projects to.
@@ -338,8 +349,7 @@ class BevFormerEncoder(nn.Module):
             history_reference=history_reference,
             value=value.unflatten(0, (B, N)),
             value_shapes=shapes,
-            anchors_uv=uv,
-            visible=visible,
+            sight=find_sight(uv, visible),
         )
 
 
@@ -349,7 +359,7 @@ class BevFormer(nn.Module):
     def __init__(self, config: BevFormerConfig) -> None:
         super().__init__()
         self.config = config
-        self.image_encoder = ImagePyramid(config.images, config.channels)
+        self.image_encoder = ImagePyramid(config.image_encoder, config.channels)
         self.encoder = BevFormerEncoder(config)
         self.head = QueryHead(config.head, config.channels, config.grid, config.z_range_m)
 
@@ -443,7 +453,7 @@ def bevformer_tiny() -> BevFormerConfig:
     """The published tiny model: ResNet-50, its coarsest level, 50x50 cells of 2.048 m, three layers."""
     return BevFormerConfig(
         grid=BevGrid(cell_m=102.4 / 50),
-        images=ImagePyramidConfig(strides=(32,)),
+        image_encoder=ImagePyramidConfig(strides=(32,)),
         encoder=EncoderConfig(layers=3),
     )
 
@@ -452,7 +462,9 @@ def bevformer_small() -> BevFormerConfig:
     """The published small model: deformable ResNet-101, its coarsest level, 150x150 cells, three layers."""
     return BevFormerConfig(
         grid=BevGrid(cell_m=102.4 / 150),
-        images=ImagePyramidConfig(backbone=ResNetConfig(depth=101), strides=(32,), deformable_stages=(2, 3)),
+        image_encoder=ImagePyramidConfig(
+            backbone=ResNetConfig(depth=101), strides=(32,), deformable_stages=(2, 3)
+        ),
         encoder=EncoderConfig(layers=3),
     )
 
@@ -460,7 +472,7 @@ def bevformer_small() -> BevFormerConfig:
 def bevformer_base() -> BevFormerConfig:
     """The published base model: deformable ResNet-101, four levels, 200x200 cells of 0.512 m, six layers."""
     return BevFormerConfig(
-        images=ImagePyramidConfig(backbone=ResNetConfig(depth=101), deformable_stages=(2, 3)),
+        image_encoder=ImagePyramidConfig(backbone=ResNetConfig(depth=101), deformable_stages=(2, 3)),
     )
 
 
