@@ -186,3 +186,21 @@ def test_settings_that_contradict_each_other_are_refused_with_a_way_out() -> Non
 def test_a_configuration_survives_its_file() -> None:
     config = CenterHeadConfig(nms=(RotatedNms(),) * 6, targets=TargetConfig(max_objects=7))
     assert msgspec.convert(msgspec.to_builtins(config), CenterHeadConfig) == config
+
+
+def test_pooled_counts_weigh_every_box_alike_whatever_its_task():
+    grid = BevGrid(x_range_m=(-8.0, 8.0), y_range_m=(-8.0, 8.0), cell_m=1.0)
+    boxes = torch.zeros(4, 9)
+    boxes[:, 0] = torch.tensor([-5.5, -1.5, 1.5, 5.5])
+    boxes[:, 3:6] = 1.0
+    labels = torch.tensor([0, 0, 0, 5])  # three cars, one pedestrian
+    own, pooled = (
+        CenterHead(CenterHeadConfig(pool_counts=pool), in_channels=8, grid=grid) for pool in (False, True)
+    )
+    maps = own(torch.zeros(1, 8, 16, 16))
+    targets = own.targets([Boxes3D(boxes, labels)])
+    first, second = own.loss_per_task(maps, targets), pooled.loss_per_task(maps, targets)
+    for name in first:
+        torch.testing.assert_close(second[name][0], first[name][0] * 3 / 4, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(second[name][5], first[name][5] / 4, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(second[name][1], first[name][1] / 4)  # a task without boxes counted as one

@@ -30,6 +30,8 @@ class CenterHeadConfig(Config, frozen=True):
     """The head, its targets, its losses and how boxes are read from it.
 
     `branch_channels=None` takes all maps from the shared map with 1x1 convolutions, which tiny models prefer.
+    `pool_counts` divides every task's loss by the boxes of all tasks. As published each task is divided by its
+    own, so that in a small batch a task with one box or none outweighs all others.
     `code_weights` weigh the ten numbers of a box (see BOX_MAPS), velocity last.
     `centre_range_m` (x, y, z lowest, then highest) drops detections outside. `nms` has one rule per task.
     """
@@ -41,6 +43,7 @@ class CenterHeadConfig(Config, frozen=True):
     branch_kernel: int = 3
     targets: TargetConfig = TargetConfig()
     code_weights: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.2, 0.2)
+    pool_counts: bool = False
     heatmap_weight: float = 1.0
     box_weight: float = 0.25
     score_threshold: float = 0.1
@@ -153,12 +156,13 @@ class CenterHead(nn.Module):
         """The terms of `loss` before they are summed, (T,) each. Computed in fp32 whatever autocast says."""
         with torch.autocast(targets.heatmap.device.type, enabled=False):
             logits = torch.cat([maps["heatmap"] for maps in heads], dim=1).float()
-            heatmap = focal_loss_per_task(logits, targets.heatmap, targets.classes_per_task)
+            pooled = self.config.pool_counts
+            heatmap = focal_loss_per_task(logits, targets.heatmap, targets.classes_per_task, pooled)
             predicted = torch.stack(
                 [gather_boxes(maps, targets.indices[:, task]).float() for task, maps in enumerate(heads)],
                 dim=1,
             )  # (B, T, K, 10)
-            errors = box_errors_per_task(predicted, targets)  # (T, 10)
+            errors = box_errors_per_task(predicted, targets, pooled)  # (T, 10)
             errors = errors * errors.new_tensor(self.config.code_weights) * self.config.box_weight
         terms = {"heatmap": heatmap * self.config.heatmap_weight}
         for name, (start, stop) in LOSS_TERMS.items():
@@ -253,28 +257,34 @@ def gather_boxes(maps: dict[str, Tensor], cells: Tensor) -> Tensor:
     return torch.cat(parts, dim=1).transpose(1, 2)
 
 
-def focal_loss_per_task(logits: Tensor, target: Tensor, classes_per_task: tuple[int, ...]) -> Tensor:
+def focal_loss_per_task(
+    logits: Tensor, target: Tensor, classes_per_task: tuple[int, ...], pooled: bool = False
+) -> Tensor:
     """CornerNet's focal loss for Gaussian targets, (B, C, Y, X) logits and targets -> (T,).
 
     At peaks -(1 - p)^2 log p, elsewhere -(1 - t)^4 p^2 log(1 - p), summed over the batch and a task's classes
-    and divided by the task's number of peaks. Two boxes of a class in one cell are one peak.
+    and divided by the task's number of peaks, or of all tasks' if `pooled`. Two boxes of a class in one cell
+    are one peak.
     """
     p = logits.sigmoid().clamp(1e-4, 1 - 1e-4)
     peak = target == 1
     loss = torch.where(
         peak, -(p + 1e-12).log() * (1 - p) ** 2, -(1 - p + 1e-12).log() * p**2 * (1 - target) ** 4
     )
-    sums = loss.sum(dim=(0, 2, 3)).split(classes_per_task)
-    peaks = peak.sum(dim=(0, 2, 3)).split(classes_per_task)
-    return torch.stack([s.sum() / n.sum().clamp(min=1) for s, n in zip(sums, peaks, strict=True)])
+    sums = torch.stack([s.sum() for s in loss.sum(dim=(0, 2, 3)).split(classes_per_task)])
+    peaks = torch.stack([n.sum() for n in peak.sum(dim=(0, 2, 3)).split(classes_per_task)])
+    return sums / (peaks.sum() if pooled else peaks).clamp(min=1)
 
 
-def box_errors_per_task(predicted: Tensor, targets: CenterTargets) -> Tensor:
-    """Absolute errors of (B, T, K, 10) predictions -> (T, 10), summed and divided by a task's box count.
+def box_errors_per_task(predicted: Tensor, targets: CenterTargets, pooled: bool = False) -> Tensor:
+    """Absolute errors of (B, T, K, 10) predictions -> (T, 10), summed and divided by the count of boxes.
+
+    The count is the task's own, or that of all tasks if `pooled`.
 
     Where a target is NaN (the velocity of an object seen once) it asks for nothing; the divisor still counts
     it.
     """
     known = targets.mask[..., None] & ~targets.boxes.isnan()
     errors = (predicted - torch.where(known, targets.boxes, predicted.detach())).abs()
-    return errors.sum(dim=(0, 2)) / (targets.mask.sum(dim=(0, 2)) + 1e-4)[:, None]
+    count = targets.mask.sum(dim=(0, 2))  # (T,)
+    return errors.sum(dim=(0, 2)) / ((count.sum() if pooled else count) + 1e-4)[..., None]
