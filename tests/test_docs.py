@@ -1,5 +1,6 @@
 """What the documents say about the code is so."""
 
+import ast
 import importlib
 import re
 from itertools import pairwise
@@ -142,3 +143,34 @@ def test_the_conversions_of_the_frames_page_work() -> None:
     version_1 = [[10.0, 20.0, -0.25, 4.0, 2.0, 1.5, 0.3, 1.0, -2.0]]
     np.testing.assert_allclose(page["from_mmdet3d_0"](version_0), ours)  # type: ignore[operator]
     np.testing.assert_allclose(page["from_mmdet3d_1"](version_1), ours)  # type: ignore[operator]
+
+
+def import_table() -> dict[str, set[str]]:
+    """Part of the package -> the parts that docs/design.md lets it import."""
+    text = (ROOT / "docs" / "design.md").read_text()
+    part = text.split("### Imports go one way", 1)[1].split("\n## ", 1)[0]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines() if "|" in line
+    ]
+    return {name: set(re.findall(r"\w+", right)) for left, right in rows[2:] for name in left.split(", ")}
+
+
+def imports_of(path: Path, package: Path) -> set[str]:
+    """The parts of the package that a file imports, wherever in the file."""
+    folder = path.relative_to(package).parts[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = folder[: len(folder) - node.level + 1]
+            names = [*base, *(node.module.split(".") if node.module else [])]
+            found |= {names[0]} if names else {alias.name for alias in node.names}
+    return found
+
+
+def test_imports_go_one_way_as_the_design_says() -> None:
+    allowed, package = import_table(), ROOT / "src" / "distillbev"
+    for path in package.rglob("*.py"):
+        part = path.relative_to(package).parts[0].removesuffix(".py")
+        if part not in ("__init__", "__main__"):
+            surplus = imports_of(path, package) - allowed[part] - {part}
+            assert not surplus, f"{path.relative_to(package)} imports {surplus}"
