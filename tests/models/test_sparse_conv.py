@@ -129,6 +129,29 @@ def test_layers_on_the_same_sites_share_one_rulebook() -> None:
     assert halving[0](between).sites is halving[1](between).sites
 
 
+@pytest.mark.parametrize("stride", [None, (2, 2, 2)])
+def test_a_rulebook_of_many_blocks_holds_every_pair_once(stride: Triple | None) -> None:
+    sites = draw_tensor((2, 20, 30, 30), 0.5, 1, seed=6).sites
+    kernel = (3, 3, 3)
+    rulebook = sites.submanifold(kernel) if stride is None else sites.strided(kernel, stride, (1, 1, 1))[1]
+    assert len(rulebook.steps) > 27
+    for k, (inputs, outputs) in enumerate(zip(rulebook.inputs, rulebook.outputs, strict=True)):
+        assert (outputs.diff() > 0).all()
+        own = [(step_inputs, step_outputs) for cell, step_inputs, step_outputs in rulebook.steps if cell == k]
+        if own:
+            assert torch.equal(torch.cat([step_inputs for step_inputs, _ in own]), inputs)
+            assert torch.equal(torch.cat([step_outputs for _, step_outputs in own]), outputs)
+        else:
+            assert len(inputs) == 0
+
+
+def test_a_grid_of_many_blocks_equals_its_dense_twin() -> None:
+    tensor = draw_tensor((2, 12, 20, 20), 0.5, 3, seed=7)
+    weight = torch.randn(2, 3, 3, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    assert len(tensor.sites.submanifold((3, 3, 3)).steps) > 26
+    assert_layer_equals_its_dense_twin(tensor, weight, (1, 1, 1), (1, 1, 1), submanifold=True)
+
+
 def test_backward_keeps_no_more_than_features_and_weights() -> None:
     tensor = draw_tensor((1, 8, 8, 8), 0.5, 4, seed=3, dtype=torch.float32)
     tensor.features.requires_grad_()

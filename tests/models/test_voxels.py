@@ -44,6 +44,7 @@ def test_means_are_those_of_slots_filled_point_by_point(
 
 
 def test_a_point_lights_the_map_cell_above_which_it_floats() -> None:
+    torch.manual_seed(0)
     encoder = SparseVoxels(config(), GRID).eval()
     bev = encoder([torch.tensor([[3.3, -1.5, 0.0, 9.0, 0.0]])])
     assert bev.shape == (1, encoder.out_channels, *GRID.coarser(4).shape)

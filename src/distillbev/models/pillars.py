@@ -221,10 +221,9 @@ class PillarLayer(nn.Module):
         # Batch statistics are summed more exactly over a contiguous (N, C, S) tensor.
         channels_first = self.linear(features).transpose(1, 2).contiguous()
         own = self.norm(channels_first).transpose(1, 2).relu()
-        if self.reduction == "max":
-            pooled = own.amax(dim=1, keepdim=True)
-        else:
-            pooled = own.sum(dim=1, keepdim=True) / counts
+        pooled = (
+            own.amax(dim=1, keepdim=True) if self.reduction == "max" else own.sum(1, keepdim=True) / counts
+        )
         return pooled if self.last else torch.cat([own, pooled.expand_as(own)], dim=-1)
 
 
@@ -362,6 +361,7 @@ def fill_slots_by_loop(
 
 def scatter_to_map(features: Tensor, cells: Tensor, batch_size: int, grid: BevGrid) -> Tensor:
     """(N, C) features and (N,) distinct cells over the batch -> (B, C, Y, X), zero elsewhere."""
-    canvas = features.new_zeros(batch_size * _num_cells(grid), features.shape[1])
-    canvas = canvas.index_copy(0, cells, features)
-    return canvas.view(batch_size, *grid.shape, -1).permute(0, 3, 1, 2).contiguous()
+    # Channels first from the start: turning the pillars around is cheap, turning the map is not.
+    canvas = features.new_zeros(features.shape[1], batch_size * _num_cells(grid))
+    canvas.index_copy_(1, cells, features.t().contiguous())
+    return canvas.view(-1, batch_size, *grid.shape).transpose(0, 1).contiguous()

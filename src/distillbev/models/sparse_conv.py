@@ -12,8 +12,8 @@ side.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import product
 from typing import Any
 
@@ -25,13 +25,15 @@ from torch.nn import functional
 from ..errors import ConfigError
 
 Triple = tuple[int, int, int]  # along z, y, x
+PAIRS_PER_STEP = 1024  # fewer and the calls' own cost shows, more and a CPU's cache overflows
 
 
 @dataclass(frozen=True)
 class Rulebook:
     """Pairs of sites by kernel cell: site `inputs[k][i]` adds to site `outputs[k][i]` through weight k.
 
-    `identity` is the kernel cell that meets every site with itself (its lists are empty), or None.
+    Each list of outputs ascends. `identity` is the kernel cell that meets every site with itself (its lists are
+    empty), or None.
     """
 
     inputs: tuple[Tensor, ...]
@@ -39,11 +41,24 @@ class Rulebook:
     num_outputs: int
     identity: int | None = None
 
-    def pairs(self) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Kernel cell, inputs, outputs, where there are any."""
-        for k, (inputs, outputs) in enumerate(zip(self.inputs, self.outputs, strict=True)):
-            if len(inputs):
-                yield k, inputs, outputs
+    @cached_property
+    def steps(self) -> list[tuple[int, Tensor, Tensor]]:
+        """All pairs as (kernel cell, inputs, outputs), in the order to work them off.
+
+        On a CPU block after block of the output sites, so that features and sums stay in its cache.
+        """
+        listed = sum(map(len, self.outputs))
+        num_blocks = 1
+        if listed and self.outputs[0].device.type == "cpu":
+            num_blocks = max(1, round(listed / len(self.outputs) / PAIRS_PER_STEP))
+        edges = torch.linspace(0, self.num_outputs, num_blocks + 1).long().to(self.outputs[0].device)
+        borders = [torch.searchsorted(outputs, edges).tolist() for outputs in self.outputs]
+        return [
+            (k, inputs[at[block] : at[block + 1]], outputs[at[block] : at[block + 1]])
+            for block in range(num_blocks)
+            for k, (inputs, outputs, at) in enumerate(zip(self.inputs, self.outputs, borders, strict=True))
+            if at[block] < at[block + 1]
+        ]
 
     @property
     def num_pairs(self) -> int:
@@ -113,9 +128,10 @@ class SparseTensor:
     def dense(self) -> Tensor:
         """(B, C, Z, Y, X)."""
         B, Z, Y, X = self.sites.shape
-        canvas = self.features.new_zeros(B * Z * Y * X, self.features.shape[1])
-        canvas = canvas.index_copy(0, self.sites.cells, self.features)
-        return canvas.view(B, Z, Y, X, -1).permute(0, 4, 1, 2, 3)
+        # Channels first from the start: turning the sites around is cheap, turning the grid is not.
+        canvas = self.features.new_zeros(self.features.shape[1], B * Z * Y * X)
+        canvas.index_copy_(1, self.sites.cells, self.features.t().contiguous())
+        return canvas.view(-1, B, Z, Y, X).transpose(0, 1).contiguous()
 
 
 class SubmanifoldConv3d(nn.Module):
@@ -180,7 +196,7 @@ def convolve(features: Tensor, weight: Tensor, rulebook: Rulebook) -> Tensor:
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         features, weight = features.to(dtype), weight.to(dtype)
-    kernels = weight.flatten(1, 3).permute(1, 2, 0).contiguous()  # (K, C_in, C_out)
+    kernels = weight.flatten(1, 3)  # (C_out, K, C_in)
     with torch.autocast(device, enabled=False):
         return _GatherMultiplyScatter.apply(features, kernels, rulebook)  # pyright: ignore[reportReturnType]
 
@@ -192,7 +208,12 @@ class _GatherMultiplyScatter(torch.autograd.Function):
     def forward(ctx: Any, features: Tensor, kernels: Tensor, rulebook: Rulebook) -> Tensor:
         ctx.save_for_backward(features, kernels)
         ctx.rulebook = rulebook
-        return _apply(features, kernels, rulebook)
+        transposed = kernels.transpose(0, 2)  # (C_in, K, C_out)
+        sums = _start(features, transposed, rulebook.identity, rulebook.num_outputs)
+        for k, inputs, outputs in rulebook.steps:
+            products = features.index_select(0, inputs) @ transposed[:, k]
+            sums.index_add_(0, outputs, products.to(sums.dtype))
+        return sums.to(features.dtype)
 
     @staticmethod
     @once_differentiable
@@ -205,23 +226,15 @@ class _GatherMultiplyScatter(torch.autograd.Function):
         grad = grad_outputs[0].contiguous()
         grad_kernels = torch.zeros_like(kernels) if wants_kernels else None
         if grad_kernels is not None and rulebook.identity is not None:
-            torch.mm(features.t(), grad, out=grad_kernels[rulebook.identity])
-        transposed = kernels.transpose(1, 2)
-        sums = _start(grad, transposed, rulebook.identity, len(features)) if wants_features else None
-        for k, inputs, outputs in rulebook.pairs():
+            grad_kernels[:, rulebook.identity] = grad.t() @ features
+        sums = _start(grad, kernels, rulebook.identity, len(features)) if wants_features else None
+        for k, inputs, outputs in rulebook.steps:
             gathered = grad.index_select(0, outputs)
             if sums is not None:
-                sums.index_add_(0, inputs, (gathered @ transposed[k]).to(sums.dtype))
+                sums.index_add_(0, inputs, (gathered @ kernels[:, k]).to(sums.dtype))
             if grad_kernels is not None:
-                torch.mm(features.index_select(0, inputs).t(), gathered, out=grad_kernels[k])
+                grad_kernels[:, k] += gathered.t() @ features.index_select(0, inputs)
         return None if sums is None else sums.to(features.dtype), grad_kernels, None
-
-
-def _apply(features: Tensor, kernels: Tensor, rulebook: Rulebook) -> Tensor:
-    sums = _start(features, kernels, rulebook.identity, rulebook.num_outputs)
-    for k, inputs, outputs in rulebook.pairs():
-        sums.index_add_(0, outputs, (features.index_select(0, inputs) @ kernels[k]).to(sums.dtype))
-    return sums.to(features.dtype)
 
 
 def _start(features: Tensor, kernels: Tensor, identity: int | None, num_rows: int) -> Tensor:
@@ -229,7 +242,7 @@ def _start(features: Tensor, kernels: Tensor, identity: int | None, num_rows: in
     dtype = torch.promote_types(features.dtype, torch.float32)
     if identity is None:
         return features.new_zeros(num_rows, kernels.shape[2], dtype=dtype)
-    return (features @ kernels[identity]).to(dtype)
+    return (features @ kernels[:, identity]).to(dtype)
 
 
 def convolve_dense(

@@ -173,7 +173,7 @@ class SparseNorm(PointNorm):
         super().__init__(channels, eps=NORM_EPS, momentum=momentum)
 
     def forward(self, input: SparseTensor) -> SparseTensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return input.with_features(super().forward(input.features).relu())
+        return input.with_features(super().forward(input.features).relu_())
 
 
 class ResidualBlock(nn.Module):
@@ -188,7 +188,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, tensor: SparseTensor) -> SparseTensor:
         hidden = self.conv2(self.bn1(self.conv1(tensor)))
-        return hidden.with_features((self.bn2(hidden.features) + tensor.features).relu())
+        return hidden.with_features((self.bn2(hidden.features) + tensor.features).relu_())
 
 
 def sparse_conv_norm(
