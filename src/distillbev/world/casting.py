@@ -1,0 +1,96 @@
+"""Rays against the triangles of a scene.
+
+Two structures: what stands still is built once per scene, what moves once per instant. A ray goes through
+both; the second search ends where the first one hit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from embreex.mesh_construction import TriangleMesh
+from embreex.rtcore_scene import EmbreeScene
+from numpy.typing import NDArray
+
+from .actors import Actor
+from .meshes import F32, Mesh, join
+from .surroundings import Surroundings
+
+FAR_M = 420.0
+
+
+@dataclass(frozen=True)
+class Hits:
+    """First hits of n rays: range (n,) m (FAR_M if none), primitive (n,) int64 into `Stage`'s tables (-1 if
+    none), normal (n, 3) unit, turned against the ray."""
+
+    range_m: F32
+    primitive: NDArray[np.int64]
+    normal: F32
+
+
+class Stage:
+    """All triangles of a scene, their materials, and whose they are; posed at any time.
+
+    Attributes:
+        material, colour, style: (n,), (n, 3), (n,) per triangle, still ones first, then moving ones.
+        instance: (n,) number of the actor (from 1), 0 for what is not annotated.
+    """
+
+    def __init__(self, ground: Mesh, surroundings: Surroundings, actors: Sequence[Actor]) -> None:
+        self.moving = [(number, actor) for number, actor in enumerate(actors, start=1) if actor.moves]
+        still = [(number, actor) for number, actor in enumerate(actors, start=1) if not actor.moves]
+        fixed = join([ground, surroundings.mesh, *(actor.mesh_at(0.0) for _, actor in still)])
+        meshes = [fixed, *(actor.shape.mesh for _, actor in self.moving)]
+        self.material = np.concatenate([mesh.material for mesh in meshes])
+        self.colour = np.concatenate([mesh.colour for mesh in meshes])
+        self.style = np.zeros(len(self.material), dtype=np.uint8)
+        self.style[len(ground) : len(ground) + len(surroundings.mesh)] = surroundings.style
+        owners = [np.zeros(len(ground) + len(surroundings.mesh), dtype=np.int32)]
+        owners += [np.full(len(actor.shape.mesh), number, dtype=np.int32) for number, actor in still + self.moving]
+        self.instance = np.concatenate(owners)
+        self.num_still = len(fixed)
+        self._still = build(fixed.triangles)
+        self._time_s: float | None = None
+        self._moving: EmbreeScene | None = None
+
+    def pose(self, time_s: float) -> None:
+        """Moves the actors to where they are at a time of the scene."""
+        if self.moving and time_s != self._time_s:
+            self._moving = build(np.concatenate([actor.mesh_at(time_s).triangles for _, actor in self.moving]))
+        self._time_s = time_s
+
+    def cast(self, origins: F32, directions: F32) -> Hits:
+        """(n, 3) origins and unit directions -> first hits."""
+        first = self._still.run(origins, directions, dists=np.full(len(origins), FAR_M, np.float32), output=True)
+        range_m, normal = first["tfar"], first["Ng"]
+        primitive = first["primID"].astype(np.int64)
+        if self._moving is not None:
+            second = self._moving.run(origins, directions, dists=range_m, output=True)
+            nearer = second["primID"] >= 0
+            range_m = np.where(nearer, second["tfar"], range_m)
+            primitive[nearer] = second["primID"][nearer] + self.num_still
+            normal[nearer] = second["Ng"][nearer]
+        length = np.sqrt(np.einsum("ij,ij->i", normal, normal))
+        facing = np.einsum("ij,ij->i", normal, directions)
+        normal *= (-np.sign(facing) / np.maximum(length, 1e-12))[:, None]
+        return Hits(range_m, primitive, normal)
+
+    def blocked(self, origins: F32, directions: F32, reach_m: float) -> NDArray[np.bool_]:
+        """(n,) whether anything stands within `reach_m` along the ray."""
+        reach = np.full(len(origins), reach_m, np.float32)
+        # embreex answers 0 for a blocked ray and -1 for a clear one.
+        hit = self._still.run(origins, directions, dists=reach, query="OCCLUDED") == 0
+        if self._moving is not None:
+            clear = np.flatnonzero(~hit)
+            hit[clear] = self._moving.run(origins[clear], directions[clear], dists=reach[clear], query="OCCLUDED") == 0
+        return hit
+
+
+def build(triangles: F32) -> EmbreeScene:
+    """A search structure over (n, 3, 3) triangles."""
+    scene = EmbreeScene()
+    TriangleMesh(scene, np.ascontiguousarray(triangles, dtype=np.float32))
+    return scene
