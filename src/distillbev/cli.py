@@ -17,6 +17,8 @@ app = typer.Typer(
     help="Camera-only bird's-eye-view 3-D detectors that learn by imitating LiDAR detectors.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,  # its panels double the time that --help takes
+    context_settings={"max_content_width": 120},
     pretty_exceptions_enable=False,
 )
 

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..config import read_config, write_config
+from ..config import first_difference, read_config, write_config
 from ..data.samples import NuScenes
 from ..errors import RunError
 from ..scoring import METRICS_FILE, annotated_samples
@@ -150,8 +150,12 @@ def _slots() -> int:
 def _claim(plan: DemoPlan, out: Path) -> None:
     path = out / "plan.yaml"
     if path.exists():
-        if read_config(path, DemoPlan) != plan:
-            raise RunError(f"{out} holds a demo with another plan (see {path}); choose another --out")
+        if difference := first_difference(read_config(path, DemoPlan), plan):
+            key, theirs, ours = difference
+            raise RunError(
+                f"{out} holds a demo with another plan: its {key} is {theirs!r}, this one's {ours!r}; "
+                "choose another --out"
+            )
         return
     if out.exists() and any(out.iterdir()):
         raise RunError(f"{out} is not empty and holds no demo (no plan.yaml); choose another --out")

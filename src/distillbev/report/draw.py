@@ -246,7 +246,7 @@ def inspect_sample(sample: Sample, out_dir: Path) -> list[Path]:
     out_dir.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, picture in pictures.items():
-        paths.append(out_dir / f"{sample.scene}_{sample.token[:8]}_{name}")
+        paths.append(out_dir / f"{sample.scene}_{sample.token}_{name}")
         picture.save(paths[-1], quality=92)
     return paths
 
