@@ -51,6 +51,13 @@ def test_a_package_that_breaks_on_import_tells_why_in_one_line(monkeypatch: pyte
     assert not broken.fatal
 
 
+def test_the_command_prints_what_to_type_to_the_letter(monkeypatch: pytest.MonkeyPatch):
+    break_import(monkeypatch, "simplejpeg", ModuleNotFoundError("No module named 'simplejpeg'"))
+    shown = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "200"})
+    assert shown.exit_code == 0
+    assert "pip install 'distillbev[fast]'" in shown.output
+
+
 def test_doctor_lives_without_torch(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     assert finding("torch").fatal

@@ -192,6 +192,7 @@ def demo(
 def doctor() -> None:
     """Say what this machine has, what is missing, and how to mend it."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from .doctor import examine
@@ -199,7 +200,7 @@ def doctor() -> None:
     findings = examine()
     table = Table("what", "found", "to mend")
     for finding in findings:
-        table.add_row(finding.subject, finding.found, finding.mend or "")
+        table.add_row(*map(escape, (finding.subject, finding.found, finding.mend or "")))
     Console().print(table)
     if any(finding.fatal for finding in findings):
         raise typer.Exit(1)
