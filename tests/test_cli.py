@@ -554,6 +554,8 @@ def test_a_mistake_is_told_in_one_line_and_nothing_is_left_behind(
         "predict {data} --data {data} --threshold 7 --out {out}",
         "simulate {out} --scenes train",
         "simulate {out} --image-size 352",
+        "simulate {out} --seed -1",
+        "simulate {out} --processes 0",
     ],
 )
 def test_wrong_usage_is_told_with_a_hint_and_no_traceback(

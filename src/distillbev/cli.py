@@ -59,7 +59,7 @@ def fail(message: str) -> NoReturn:
 @app.command()
 def simulate(
     out: Annotated[Path, typer.Argument(help="Folder of the new dataset.")],
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed, another world.")] = 0,
     scenes: Annotated[
         list[str], typer.Option("--scenes", help="SPLIT=COUNT, as in --scenes train=16; may be repeated.")
     ] = ["train=16", "val=4"],  # noqa: B006
@@ -67,7 +67,7 @@ def simulate(
     image_size: Annotated[str, typer.Option(help="WIDTHxHEIGHT of the six cameras, in pixels.")] = "352x198",
     overrides: Overrides = [],  # noqa: B006
     processes: Annotated[
-        int | None, typer.Option(help="Worker processes; one per core if not given.")
+        int | None, typer.Option(min=1, help="Worker processes; one per core if not given.")
     ] = None,
 ) -> None:
     """Simulate a driving world and write it as a nuScenes dataset."""
