@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,12 +20,17 @@ BOX_MARGIN_M = 0.03
 
 @dataclass(frozen=True)
 class Shape:
-    """A mesh that stands on z = 0 over the origin, facing +x, with its tight box."""
+    """A mesh that stands on z = 0 over the origin, facing +x, with its tight box.
+
+    `scale` (3,) is how much larger this is than the catalogue's shape `key`, of which it is a variant.
+    """
 
     mesh: Mesh
     size_lwh_m: tuple[float, float, float]
     label: str  # detection class
     category: str  # name in the category table
+    key: tuple[str, str, int] = ("", "", 0)
+    scale: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -51,10 +57,15 @@ class Actor:
 
     def box_at(self, time_s: float) -> NDArray[np.float64]:
         """(7,) annotated box: gravity centre, length, width, height, yaw."""
-        x, y, z, yaw = self.pose(time_s)
-        length, width, height = self.shape.size_lwh_m
-        height += BOX_MARGIN_M
-        return np.array([x, y, z + height / 2, length + 2 * BOX_MARGIN_M, width + 2 * BOX_MARGIN_M, height, yaw])
+        return annotated_box(self.pose(time_s), self.shape)
+
+
+def annotated_box(pose: Sequence[float], shape: Shape) -> NDArray[np.float64]:
+    """(7,) gravity centre, length, width, height, yaw of a shape posed at x, y, z (of its foot), yaw."""
+    x, y, z, yaw = pose
+    length, width, height = shape.size_lwh_m
+    height += BOX_MARGIN_M
+    return np.array([x, y, z + height / 2, length + 2 * BOX_MARGIN_M, width + 2 * BOX_MARGIN_M, height, yaw])
 
 
 def make_shape(label: str, rng: np.random.Generator, variant: str = "") -> Shape:

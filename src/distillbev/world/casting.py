@@ -1,13 +1,15 @@
 """Rays against the triangles of a scene.
 
-Two structures: what stands still is built once per scene, what moves once per instant. A ray goes through
+Two structures: what stands still is built once per scene, what moves once per exposure. A ray goes through
 both; the second search ends where the first one hit.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from embreex.mesh_construction import TriangleMesh
@@ -51,16 +53,33 @@ class Stage:
         owners = [np.zeros(len(ground) + len(surroundings.mesh), dtype=np.int32)]
         owners += [np.full(len(actor.shape.mesh), number, dtype=np.int32) for number, actor in still + self.moving]
         self.instance = np.concatenate(owners)
-        self.num_still = len(fixed)
+        self._num_still = len(fixed)
         self._still = build(fixed.triangles)
-        self._time_s: float | None = None
         self._moving: EmbreeScene | None = None
+        self._moving_primitive = np.zeros(0, dtype=np.int64)  # row in the tables of each moving triangle
+        ends = len(fixed) + np.cumsum([len(actor.shape.mesh) for _, actor in self.moving], dtype=np.int64)
+        self._rows = [np.arange(end - len(actor.shape.mesh), end) for end, (_, actor) in zip(ends, self.moving, strict=True)]
+        self._rest = np.array([actor.pose(0.0) for actor in actors]).reshape(-1, 4)
 
-    def pose(self, time_s: float) -> None:
-        """Moves the actors to where they are at a time of the scene."""
-        if self.moving and time_s != self._time_s:
-            self._moving = build(np.concatenate([actor.mesh_at(time_s).triangles for _, actor in self.moving]))
-        self._time_s = time_s
+    def poses(self, time_s: float) -> NDArray[np.float64]:
+        """(actors, 4) x, y, z of the foot and yaw of every actor at a time."""
+        poses = self._rest.copy()
+        for number, actor in self.moving:
+            poses[number - 1] = actor.pose(time_s)
+        return poses
+
+    def set(self, poses: NDArray[np.float64], shown: NDArray[np.bool_]) -> None:
+        """Puts the moving actors where `poses` (actors, 4) says, those alone that `shown` (actors,) keeps."""
+        kept = [k for k, (number, _) in enumerate(self.moving) if shown[number - 1]]
+        if not kept:
+            self._moving = None
+            return
+        meshes = []
+        for k in kept:
+            number, actor = self.moving[k]
+            meshes.append(actor.shape.mesh.moved(poses[number - 1, :3], poses[number - 1, 3]).triangles)
+        self._moving = build(np.concatenate(meshes))
+        self._moving_primitive = np.concatenate([self._rows[k] for k in kept])
 
     def cast(self, origins: F32, directions: F32) -> Hits:
         """(n, 3) origins and unit directions -> first hits."""
@@ -69,9 +88,9 @@ class Stage:
         primitive = first["primID"].astype(np.int64)
         if self._moving is not None:
             second = self._moving.run(origins, directions, dists=range_m, output=True)
-            nearer = second["primID"] >= 0
-            range_m = np.where(nearer, second["tfar"], range_m)
-            primitive[nearer] = second["primID"][nearer] + self.num_still
+            nearer = np.flatnonzero(second["primID"] >= 0)
+            range_m[nearer] = second["tfar"][nearer]
+            primitive[nearer] = self._moving_primitive[second["primID"][nearer]]
             normal[nearer] = second["Ng"][nearer]
         length = np.sqrt(np.einsum("ij,ij->i", normal, normal))
         facing = np.einsum("ij,ij->i", normal, directions)
@@ -91,6 +110,22 @@ class Stage:
 
 def build(triangles: F32) -> EmbreeScene:
     """A search structure over (n, 3, 3) triangles."""
+    _keep_to_one_thread()
     scene = EmbreeScene()
     TriangleMesh(scene, np.ascontiguousarray(triangles, dtype=np.float32))
     return scene
+
+
+@cache
+def _keep_to_one_thread() -> None:
+    """Lets embree's thread pool have one thread: worker processes already use all cores.
+
+    The pool takes its size from the cores that the process may use when it first builds something.
+    """
+    if hasattr(os, "sched_getaffinity"):
+        cores = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, {min(cores)})
+        scene = EmbreeScene()
+        TriangleMesh(scene, np.zeros((1, 3, 3), np.float32))
+        scene.run(np.zeros((1, 3), np.float32), np.ones((1, 3), np.float32))
+        os.sched_setaffinity(0, cores)

@@ -72,11 +72,18 @@ def take_sweep(
     return sweep
 
 
-def points_in_box(points: NDArray[np.float64], box: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """(n, 3) points and a (7,) box of the same frame -> (n,) inside it, faces included."""
-    offset = points - box[:3]
-    cos, sin = np.cos(box[6]), np.sin(box[6])
-    along = offset[:, 0] * cos + offset[:, 1] * sin
-    across = offset[:, 1] * cos - offset[:, 0] * sin
-    half = box[3:6] / 2
-    return (np.abs(along) <= half[0]) & (np.abs(across) <= half[1]) & (np.abs(offset[:, 2]) <= half[2])
+def points_in_boxes(points: NDArray[np.float64], boxes: NDArray[np.float64]) -> NDArray[np.int64]:
+    """How many of (n, 3) points lie in each of (m, 7) boxes of the same frame, faces included: (m,)."""
+    order = np.argsort(points[:, 0])
+    points = points[order]
+    counts = np.zeros(len(boxes), dtype=np.int64)
+    for k, (x, y, z, length, width, height, yaw) in enumerate(boxes):
+        # Sorted by x, only a strip of the points can lie in a box.
+        reach = np.hypot(length, width) / 2 + 0.01
+        first, last = np.searchsorted(points[:, 0], (x - reach, x + reach))
+        offset = points[first:last] - (x, y, z)
+        along = offset[:, 0] * np.cos(yaw) + offset[:, 1] * np.sin(yaw)
+        across = offset[:, 1] * np.cos(yaw) - offset[:, 0] * np.sin(yaw)
+        inside = (np.abs(along) <= length / 2) & (np.abs(across) <= width / 2) & (np.abs(offset[:, 2]) <= height / 2)
+        counts[k] = inside.sum()
+    return counts

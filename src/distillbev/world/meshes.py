@@ -90,8 +90,8 @@ def surface(triangles: NDArray[np.floating], material: Material, colour: Sequenc
 def loft(rings: NDArray[np.floating], material: Material, colour: Colour, caps: bool = True) -> Mesh:
     """The skin stretched over S rings of K points each, (S, K, 3), closed by fans at both ends."""
     rings = np.asarray(rings, dtype=np.float64)
-    here, after = rings[:-1], np.roll(rings[:-1], -1, axis=1)
-    above, above_after = rings[1:], np.roll(rings[1:], -1, axis=1)
+    ahead = np.concatenate([rings[:, 1:], rings[:, :1]], axis=1)
+    here, after, above, above_after = rings[:-1], ahead[:-1], rings[1:], ahead[1:]
     parts = [
         np.stack([here, after, above], axis=2).reshape(-1, 3, 3),
         np.stack([after, above_after, above], axis=2).reshape(-1, 3, 3),
@@ -159,7 +159,7 @@ def tube(
     colour: Colour,
     sides: int = 6,
 ) -> Mesh:
-    """A straight limb, pole or bar; two radii taper it."""
+    """A straight limb, pole or bar, open at its ends; two radii taper it."""
     start, end = np.asarray(start, dtype=np.float64), np.asarray(end, dtype=np.float64)
     radii = (radius, radius) if isinstance(radius, (int, float)) else radius
     axis = (end - start) / max(float(np.linalg.norm(end - start)), 1e-9)
@@ -167,7 +167,7 @@ def tube(
     across /= np.linalg.norm(across)
     over = np.cross(axis, across)
     ring = circle(sides) @ np.stack([across, over])
-    return loft(np.stack([start + radii[0] * ring, end + radii[1] * ring]), material, colour)
+    return loft(np.stack([start + radii[0] * ring, end + radii[1] * ring]), material, colour, caps=False)
 
 
 def column(rings: Sequence[tuple[float, float, float]], material: Material, colour: Colour, sides: int = 8) -> Mesh:
@@ -191,16 +191,16 @@ def ellipsoid(
 def wheel(centre: Sequence[float], radius: float, width: float, rim: Colour = (0.35, 0.36, 0.38)) -> Mesh:
     """A tyre that turns about the y axis, with a lighter rim on both faces."""
     x, y, z = centre
-    unit = circle(12, 0.5)
-
-    def ring(r: float, at: float) -> NDArray[np.float64]:
-        return np.column_stack([x + r * unit[:, 0], np.full(12, at), z + r * unit[:, 1]])
-
     half = width / 2
-    tyre = loft(np.stack([ring(radius, y - half), ring(radius, y + half)]), Material.MATTE, (0.02, 0.02, 0.022))
-    rims = [
-        loft(np.stack([ring(radius * 0.6, y + side * half), ring(radius * 0.5, y + side * (half + 0.012))]),
-             Material.PAINT, rim)
-        for side in (-1, 1)
-    ]  # fmt: skip
-    return join([tyre, *rims])
+
+    def ring(sides: int, r: float, at: float) -> NDArray[np.float64]:
+        unit = circle(sides, 0.5)
+        return np.column_stack([x + r * unit[:, 0], np.full(sides, at), z + r * unit[:, 1]])
+
+    tread = np.stack([ring(11, radius, y - half), ring(11, radius, y + half)])
+    parts = [loft(tread, Material.MATTE, (0.02, 0.02, 0.022))]
+    for side in (-1, 1):
+        disc = ring(8, radius * 0.62, y + side * (half + 0.008))
+        hub = np.broadcast_to(disc[:1], disc[1:-1].shape)
+        parts.append(surface(np.stack([hub, disc[1:-1], disc[2:]], axis=1), Material.PAINT, rim))
+    return join(parts)

@@ -75,14 +75,14 @@ def pedestrian(rng: np.random.Generator, pose: str = "walking", kind: str = "adu
         hand = (swing * 0.8 + 0.12, side * (breadth + 0.05), hip + 0.02)
         parts.append(tube(joint, elbow, (0.058, 0.047), Material.CLOTH, shirt))
         parts.append(tube(elbow, hand, (0.045, 0.035), Material.CLOTH, shirt if rng.random() < 0.6 else skin))
-        parts.append(ellipsoid(hand, (0.05, 0.04, 0.06), Material.MATTE, skin, rows=3, sides=5))
+        parts.append(ellipsoid(hand, (0.05, 0.04, 0.06), Material.MATTE, skin, rows=2, sides=4))
     head = top - 0.115
     parts.append(tube((0, 0, shoulder - 0.02), (0.01, 0, head - 0.05), 0.055, Material.MATTE, skin))
-    parts.append(ellipsoid((0.015, 0, head), (0.095, 0.078, 0.115), Material.MATTE, skin, rows=5, sides=8))
+    parts.append(ellipsoid((0.015, 0, head), (0.095, 0.078, 0.115), Material.MATTE, skin, rows=4, sides=7))
     if kind == "worker":
         parts.append(ellipsoid((0, 0, head + 0.05), (0.13, 0.11, 0.1), Material.PAINT, HELMET_YELLOW, rows=4))
     else:
-        parts.append(ellipsoid((-0.02, 0, head + 0.025), (0.1, 0.088, 0.108), Material.MATTE, hair, rows=4))
+        parts.append(ellipsoid((-0.02, 0, head + 0.025), (0.1, 0.088, 0.108), Material.MATTE, hair, rows=4, sides=7))
     if pose != "sitting" and kind == "adult" and rng.random() < 0.3:
         bag = _pick(rng, CLOTHES)
         parts.append(box((-depth - 0.09, 0, shoulder - 0.22), (0.18, 0.3, 0.42), Material.CLOTH, bag, top=0.85))
@@ -90,12 +90,15 @@ def pedestrian(rng: np.random.Generator, pose: str = "walking", kind: str = "adu
 
 
 def _bike_wheel(x: float, radius: float, thick: float) -> list[Mesh]:
-    """A thin tyre as a ring of bars, with a hub and a few spokes."""
-    points = circle(10)
-    rim = np.column_stack([x + radius * points[:, 0], np.zeros(10), radius + thick + radius * points[:, 1]])
-    tyre = [tube(a, b, thick, Material.MATTE, (0.02, 0.02, 0.02), 4) for a, b in zip(rim, np.roll(rim, -1, 0), strict=True)]
-    hub = (x, 0.0, radius + thick)
-    return tyre + [tube(hub, rim[k], 0.012, Material.PAINT, (0.4, 0.4, 0.4), 3) for k in (0, 3, 5, 8)]
+    """A thin tyre with a few spokes."""
+    points, height = circle(12), radius + thick
+    rings = [
+        np.column_stack([x + r * points[:, 0], np.full(12, y), height + r * points[:, 1]])
+        for r, y in ((radius + thick, 0.0), (radius - thick, thick), (radius - thick, -thick), (radius + thick, 0.0))
+    ]
+    tyre = loft(np.stack(rings), Material.MATTE, (0.02, 0.02, 0.02), caps=False)
+    hub, rim = (x, 0.0, height), np.column_stack([x + radius * points[:, 0], np.zeros(12), height + radius * points[:, 1]])
+    return [tyre, *(tube(hub, rim[k], 0.012, Material.PAINT, (0.4, 0.4, 0.4), 3) for k in (0, 3, 6, 9))]
 
 
 def bicycle(rng: np.random.Generator, rider: bool) -> Mesh:

@@ -7,6 +7,7 @@ left, z up, origin on the ground below the rear axle.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,6 +97,7 @@ def rays_through(intrinsic: NDArray[np.float64], u: NDArray, v: NDArray) -> NDAr
     return (directions / np.linalg.norm(directions, axis=-1, keepdims=True)).astype(np.float32)
 
 
+@lru_cache(maxsize=4)
 def lidar_rays(config: WorldConfig) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """(n, 3) unit directions in the LiDAR frame and (n,) rings, one firing of all beams after the other.
 

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..geometry import pose_matrix, rotation_about_z, rotation_to_quaternion, transform_points
+from .actors import annotated_box
 from .cameras import take_picture
 from .casting import Stage
-from .lidar import points_in_box, take_sweep
+from .lidar import MAX_RANGE_M, points_in_boxes, take_sweep
 from .rig import KEY_PERIOD_US, LIDAR, SWEEP_PERIOD_US, Calibration, lidar_rays, rig
 from .roads import draw_roads, ground_mesh
 from .settings import WorldConfig
@@ -25,8 +26,8 @@ from .surroundings import draw_surroundings
 from .tables import Row, attribute_token, category_token, link, sensor_token, token
 from .textures import GroundLook
 from .traffic import Catalogue, Traffic, draw_traffic
-from .visibility import Silhouettes, level, visible_shares
-from .weather import draw_air
+from .visibility import Silhouettes, level, visible_pixels, windows
+from .weather import draw_air, draw_weather
 
 # Scenes lie in the positive quadrant of the global frame, as map images need.
 MAP_SIDE_M = 400.0
@@ -34,6 +35,7 @@ MAP_PIXEL_M = 0.1
 MAP_RASTER_M = 0.5  # the map is evaluated this coarsely and enlarged
 FIRST_TIMESTAMP_US = 1_700_000_000_000_000
 GROUND_HALF_EXTENT_M = 240.0
+SHADOWS_FROM_M = 22.0  # moving actors this near are present even when no pixel shows them
 _CAMERA_PERIOD_US = 1_000_000 / 12
 
 
@@ -42,8 +44,10 @@ def scene_name(number: int) -> str:
 
 
 @lru_cache(maxsize=1)
-def _catalogue(seed: int) -> Catalogue:
-    return Catalogue(seed)
+def _shapes(seed: int) -> tuple[Catalogue, Silhouettes]:
+    """Kept from scene to scene: making a shape takes longer than using it."""
+    catalogue = Catalogue(seed)
+    return catalogue, Silhouettes(catalogue)
 
 
 class SceneSimulator:
@@ -55,20 +59,20 @@ class SceneSimulator:
         self.log = f"sim-{self.name}"
         self.base_us = FIRST_TIMESTAMP_US + number * 1_000_000_000
         rng = self._rng("layout")
-        self.weather = config.weathers[int(rng.integers(len(config.weathers)))]
+        self.weather = draw_weather(config.weathers, rng)
         air = draw_air(self.weather, rng)
         self.roads = draw_roads(rng)
         surroundings = draw_surroundings(self.roads, self._rng("surroundings"))
         duration_s = (config.key_frames_per_scene - 1) * KEY_PERIOD_US / 1e6
         times = np.arange(-0.5, duration_s + 0.26, 0.25)
+        catalogue, self.silhouettes = _shapes(config.seed)
         self.traffic: Traffic = draw_traffic(
-            self.roads, surroundings.obstacles, _catalogue(config.seed), times, config.extent_m, config.classes,
+            self.roads, surroundings.obstacles, catalogue, times, config.extent_m, config.classes,
             self._rng("traffic"),
         )  # fmt: skip
         self.stage = Stage(ground_mesh(self.roads, GROUND_HALF_EXTENT_M), surroundings, self.traffic.actors)
         lamps = LampLight(surroundings.lamps) if air.dark else None
         self.backdrop = Backdrop(self.roads, GroundLook(self._rng("ground")), surroundings.facades, lamps, air)
-        self.silhouettes = Silhouettes(self.traffic.actors)
         self.sensors = rig(config)
         self._sway = self._rng("sway").uniform(0, 2 * np.pi, 4)
 
@@ -125,17 +129,19 @@ class SceneSimulator:
         seen = np.zeros((len(key_us), len(self.traffic.actors) + 1, 3))  # visible, alone, exact pixels
         sweeps: list[NDArray[np.float32]] = []
         for timestamp_us, sensor, frame, is_key in shots:
-            self.stage.pose(self.time_s(timestamp_us))
             ego2world = self.ego2world(timestamp_us)
+            poses = self.stage.poses(self.time_s(timestamp_us))
             file = self._file_of(sensor.channel, timestamp_us, is_key)
             (root / file).parent.mkdir(parents=True, exist_ok=True)
             if sensor.intrinsic is None:
+                distance = np.hypot(*(poses[:, :2] - ego2world[:2, 3]).T)
+                self.stage.set(poses, distance < MAX_RANGE_M + 10)
                 sweep = self._sweep(ego2world @ sensor.sensor2ego, timestamp_us)
                 sweep.tofile(root / file)
                 if is_key:
                     sweeps.append(sweep)
             else:
-                self._expose(root, file, sensor, ego2world, timestamp_us, seen[frame] if is_key else None)
+                self._expose(root, file, sensor, ego2world, poses, timestamp_us, seen[frame] if is_key else None)
             data_token = self._token("data", sensor.channel, timestamp_us)
             width, height = (0, 0) if sensor.intrinsic is None else config.image_size_px
             per_sensor[sensor.channel].append({
@@ -188,29 +194,31 @@ class SceneSimulator:
         file: str,
         camera: Calibration,
         ego2world: NDArray[np.float64],
+        poses: NDArray[np.float64],
         timestamp_us: int,
         seen: NDArray[np.float64] | None,
     ) -> None:
         """Writes an image; of a key frame also its mask, and counts into `seen` what it shows."""
-        rng = self._rng(camera.channel, timestamp_us)
-        picture = take_picture(self.stage, self.backdrop, camera, ego2world, self.config.image_size_px, rng)
+        rng, size_px = self._rng(camera.channel, timestamp_us), self.config.image_size_px
+        cam2world = ego2world @ camera.sensor2ego
+        actors = self.traffic.actors
+        boxes = np.array([annotated_box(pose, actor.shape) for pose, actor in zip(poses, actors, strict=True)]).reshape(-1, 7)
+        where = windows(boxes, camera, cam2world, size_px)
+        distance = np.hypot(*(poses[:, :2] - ego2world[:2, 3]).T)
+        # Those just outside the picture throw shadows into it.
+        self.stage.set(poses, where.inside | (distance < SHADOWS_FROM_M))
+        picture = take_picture(self.stage, self.backdrop, camera, ego2world, size_px, rng)
         Image.fromarray(picture.image).save(root / file, quality=self.config.jpeg_quality)
         if seen is None:
             return
         seen[:, 2] += np.bincount(picture.instance.ravel(), minlength=len(seen))
-        cam2world = ego2world @ camera.sensor2ego
-        time_s, rays = self.time_s(timestamp_us), []
-        for n in range(1, len(self.traffic.actors) + 1):
-            directions, weight = self.silhouettes.rays_at(n, time_s, camera, cam2world, self.config.image_size_px)
-            if len(directions):
-                rays.append((directions, weight, n))
-        if rays:
-            numbers = [n for _, _, n in rays]
-            seen[numbers, :2] += visible_shares(rays, self.stage, cam2world[:3, 3])
+        near = np.flatnonzero(distance < self.config.annotation_radius_m + 5)
+        shapes = {int(k) + 1: actors[k].shape for k in near}
+        seen[:, :2] += visible_pixels(self.stage, self.silhouettes, shapes, poses, where, camera, cam2world)
         if self.config.write_masks:
             mask = root / "instance_masks" / camera.channel / f"{Path(file).stem}.png"
             mask.parent.mkdir(parents=True, exist_ok=True)
-            small = len(self.traffic.actors) < 256
+            small = len(actors) < 256
             Image.fromarray(picture.instance.astype(np.uint8 if small else np.uint16)).save(mask, compress_level=1)
 
     def _ego_row(self, pose_token: str, timestamp_us: int, ego2world: NDArray[np.float64]) -> Row:
@@ -234,11 +242,13 @@ class SceneSimulator:
         for frame, (us, sweep) in enumerate(zip(key_us, sweeps, strict=True)):
             ego2world = self.ego2world(us)
             points = transform_points(ego2world @ lidar.sensor2ego, sweep[:, :3].astype(np.float64))
-            for n, actor in enumerate(self.traffic.actors, start=1):
-                box = actor.box_at(self.time_s(us))
+            poses = self.stage.poses(self.time_s(us))
+            boxes = [annotated_box(pose, actor.shape) for pose, actor in zip(poses, self.traffic.actors, strict=True)]
+            counts = points_in_boxes(points, np.array(boxes).reshape(-1, 7))
+            for n, (actor, box) in enumerate(zip(self.traffic.actors, boxes, strict=True), start=1):
                 if np.hypot(*(box[:2] - ego2world[:2, 3])) > self.config.annotation_radius_m:
                     continue
-                count = int(points_in_box(points, box).sum())
+                count = int(counts[n - 1])
                 shown, alone, exact = seen[frame, n]
                 if not count and not exact:
                     continue

@@ -157,10 +157,11 @@ def _surface_radiance(
     i = np.flatnonzero(material == Material.LAMP)
     glow[i] += albedo[i] * (3.0 if air.dark else 0.9)
 
-    light = (air.sky * (0.62 + 0.38 * normal[:, 2:3])) * openness[:, None]
-    # Sunlit ground throws light back up onto walls and bellies.
+    rise = normal[:, 2]
+    # Sky from above; sunlit ground throws light back up onto walls and bellies.
     bounce = 0.10 * air.sun * max(float(air.sun_direction[2]), 0.0) + 0.05 * air.sky
-    light += bounce * (0.5 - 0.5 * normal[:, 2:3])
+    light = np.outer((0.62 + 0.38 * rise) * openness, air.sky)
+    light += np.outer(0.5 - 0.5 * rise, bounce)
     facing = normal @ air.sun_direction
     if air.sun.max() > 0:
         sunny = np.flatnonzero(facing > 0)
@@ -173,27 +174,36 @@ def _surface_radiance(
         shiny = np.flatnonzero((mirror > 0) & (share > 0))
         half = air.sun_direction - view[shiny]
         half /= np.linalg.norm(half, axis=1, keepdims=True)
-        glint = np.clip(np.einsum("ij,ij->i", half, normal[shiny]), 0, 1) ** 90
+        glint = np.clip(np.einsum("ij,ij->i", half, normal[shiny]), 0, 1)
+        for _ in range(6):  # to the power of 64
+            glint *= glint
         glow[shiny] += (mirror[shiny] * 14 * glint)[:, None] * air.sun
     if scene.lamps is not None:
         lamp = scene.lamps.at(point[:, 0], point[:, 1]) * (0.45 + 0.55 * np.maximum(normal[:, 2], 0))
         light += lamp[:, None] * np.array([1.0, 0.78, 0.5], np.float32)
         light += _headlights(point, normal, material, ego2world)[:, None] * np.array([1.0, 0.95, 0.85], np.float32)
 
-    result = albedo * light * np.float32(0.55)
+    result = albedo
+    result *= light
+    result *= np.float32(0.55)
     i = np.flatnonzero(mirror_most)
     cosine = np.einsum("ij,ij->i", view[i], normal[i])
-    share = mirror[i] + (mirror_most[i] - mirror[i]) * (1 - np.minimum(np.abs(cosine), 1)) ** 5
+    grazing = 1 - np.minimum(np.abs(cosine), 1)
+    square = grazing * grazing
+    share = mirror[i] + (mirror_most[i] - mirror[i]) * square * square * grazing
     up = view[i, 2] - 2 * cosine * normal[i, 2]
     above = np.clip(up * 6 + 0.5, 0, 1)[:, None]
-    mirrored = air.horizon + np.clip(up, 0, 1)[:, None] ** np.float32(0.6) * (air.zenith - air.horizon)
+    mirrored = air.horizon + np.sqrt(np.clip(up, 0, 1))[:, None] * (air.zenith - air.horizon)
     ground = air.sky * 0.08
     # In a street most of the horizon is walls, not sky.
     mirrored = ground + above * (mirrored * np.float32(0.75) - ground)
     result[i] += share[:, None] * (mirrored - result[i]) * openness[i, None]
     result += glow
-    through = np.exp(-air.haze_per_m * range_m)[:, None]
-    return air.horizon * np.float32(0.85) + through * (result - air.horizon * np.float32(0.85))
+    veil = air.horizon * np.float32(0.85)
+    result -= veil
+    result *= np.exp(-air.haze_per_m * range_m)[:, None]
+    result += veil
+    return result
 
 
 def _headlights(point: F32, normal: F32, material: NDArray[np.uint8], ego2world: NDArray[np.float64]) -> F32:

@@ -98,19 +98,19 @@ def _tree(rng: np.random.Generator) -> Mesh:
     green = np.array([0.075 * hue, 0.13, 0.03]) * rng.uniform(0.75, 1.2)
     middle, crown = np.array([0, 0, (stem + height) / 2 + 0.3]), np.array([spread, spread, (height - stem) / 2])
     lumps = [(middle, crown * 0.72)]
-    for _ in range(7):
+    for _ in range(6):
         direction = rng.normal(size=3)
         direction /= np.linalg.norm(direction)
         lumps.append((middle + direction * crown * 0.55, crown * rng.uniform(0.42, 0.58)))
     for centre, radii in lumps:
         parts.append(tube((0, 0, stem * 0.9), centre, (0.07, 0.03), Material.MATTE, bark, 4))
         dark = (float(green[0] * 0.5), float(green[1] * 0.5), float(green[2] * 0.5))
-        parts.append(ellipsoid(centre, radii * 0.8, Material.FOLIAGE, dark, 4, 7))
-        leaves = 46
+        parts.append(ellipsoid(centre, radii * 0.8, Material.FOLIAGE, dark, 3, 6))
+        leaves = 36
         normal = rng.normal(size=(leaves, 3))
         normal /= np.linalg.norm(normal, axis=1, keepdims=True)
         at = centre + normal * radii * rng.uniform(0.78, 1.08, (leaves, 1))
-        corners = at[:, None] + rng.normal(scale=0.27, size=(leaves, 3, 3))
+        corners = at[:, None] + rng.normal(scale=0.3, size=(leaves, 3, 3))
         # Higher and outer leaves are brighter: the light comes from above.
         shade = (0.75 + 0.45 * normal[:, 2:3]) * rng.uniform(0.7, 1.3, (leaves, 1))
         parts.append(surface(corners, Material.FOLIAGE, (green * np.clip(shade, 0.35, 1.6)).astype(np.float32)))
@@ -122,7 +122,7 @@ def _hedge(length: float, rng: np.random.Generator) -> Mesh:
     green = np.array([0.05, 0.1, 0.025]) * rng.uniform(0.8, 1.4)
     dark = (float(green[0] * 0.6), float(green[1] * 0.6), float(green[2] * 0.6))
     body = box((0, 0, height / 2), (length, 0.8, height), Material.FOLIAGE, dark, top=0.97)
-    count = int(length * 26)
+    count = int(length * 20)
     at = rng.uniform(-0.5, 0.5, (count, 3)) * (length, 0.86, height)
     side = rng.integers(0, 3, count)
     at[side == 0, 1] = np.sign(at[side == 0, 1]) * 0.42
@@ -247,8 +247,8 @@ def draw_surroundings(roads: RoadMap, rng: np.random.Generator) -> Surroundings:
 
 def _line_with_buildings(site: _Site, road: Road, side: int, rng: np.random.Generator) -> None:
     setback = float(rng.choice([5.0, 7.0, 12.0]))
-    s = -140.0 if road.start_m is None else 5.0
-    while s < 140.0:
+    s = -130.0 if road.start_m is None else 5.0
+    while s < 130.0:
         length, depth = rng.uniform(11, 30), rng.uniform(10, 18)
         height = float(rng.choice([rng.uniform(6, 11), rng.uniform(11, 24), rng.uniform(24, 55)], p=[0.4, 0.42, 0.18]))
         distance = setback + rng.uniform(0, 2)
@@ -293,7 +293,7 @@ def _furnish(site: _Site, road: Road, side: int, trees: list[Mesh], rng: np.rand
         site.add(mesh.moved((x, y, KERB_M), yaw))
         return True
 
-    start, end = (-125.0 if road.start_m is None else 8.0), 125.0
+    start, end = (-105.0 if road.start_m is None else 8.0), 105.0
     phase = rng.uniform(0, 20)
     for s in np.arange(start + phase, end, 26.0):
         if stand(_lamp(), s, 0.6, (0.12, 0.12)):

@@ -240,8 +240,10 @@ def facade_albedo(
     albedo = albedo + glass[:, None] * (pane - albedo)
     glow = np.zeros(len(u), np.float32)
     if lit:
-        burning = (chance(column + 17, row + 5) < facades.lit_share[style]) | shop
-        glow = (glass * burning * (0.5 + 0.5 * luck)).astype(np.float32)
+        burning = chance(column + 17, row + 5) < np.where(shop, 0.45, facades.lit_share[style])
+        # Behind the pane: a ceiling brighter than the floor, furniture, curtains.
+        inside_room = np.clip(0.75 + (z / storey - row - 0.5) + 0.3 * _bilinear(_CLOUDS, u * 2.0, z * 3.0), 0.15, 1.3)
+        glow = (glass * burning * (0.35 + 0.65 * luck) * inside_room).astype(np.float32)
     return albedo.astype(np.float32), glass.astype(np.float32), glow
 
 

@@ -36,6 +36,10 @@ class Catalogue:
         self.seed = seed
         self._shapes: dict[tuple[str, str, int], Shape] = {}
 
+    def original(self, shape: Shape) -> Shape:
+        """The catalogue's shape that one is a variant of."""
+        return self._shapes[shape.key]
+
     def draw(self, label: str, variant: str, rng: np.random.Generator) -> Shape:
         """A shape of the catalogue, in a size of its own and, if painted, a colour of its own."""
         number = int(rng.integers(VARIANTS.get(label, 12)))
@@ -52,7 +56,8 @@ class Catalogue:
             main = painted & (mesh.colour == colours[counts.argmax()]).all(axis=1)
             mesh = replace(mesh, colour=np.where(main[:, None], np.float32(draw_paint(rng)), mesh.colour))
         length, width, height = (float(a * b) for a, b in zip(shape.size_lwh_m, factors, strict=True))
-        return replace(shape, mesh=mesh, size_lwh_m=(length, width, height))
+        scale = (float(factors[0]), float(factors[1]), float(factors[2]))
+        return replace(shape, mesh=mesh, size_lwh_m=(length, width, height), key=key, scale=scale)
 
 
 class _Registry:

@@ -119,7 +119,7 @@ def car(rng: np.random.Generator) -> Mesh:
             parts.append(panel(corners, Material.PAINT, paint))
     for side in (-1, 1):
         parts.append(
-            box((base[1] - 0.35, side * (half + 0.04), belt + 0.06), (0.1, 0.16, 0.13), Material.PAINT, paint)
+            box((base[1] - 0.35, side * (half + 0.02), belt + 0.06), (0.1, 0.14, 0.13), Material.PAINT, paint)
         )
         parts.append(_side_panel(tail + 0.5, nose - 0.6, side * (half + 0.002), clearance, clearance + 0.1,
                                  Material.MATTE, TRIM))  # fmt: skip
@@ -194,10 +194,17 @@ def truck(rng: np.random.Generator) -> Mesh:
             parts.append(box(centre, (x1 - x0, 0.08, wall), Material.PAINT, colour))
         for x in (x0 + 0.04, x1 - 0.04):
             parts.append(box((x, 0, bed + wall / 2), (0.08, width, wall), Material.PAINT, colour))
-        load = (0.25, 0.2, 0.14) if kind == "tipper" else (0.4, 0.3, 0.18)
-        heap = (x1 - x0) * 0.9, width * 0.85, wall * 0.9 if kind == "tipper" else rng.uniform(0.5, 1.3)
-        parts.append(box((middle, 0, bed + 0.12 + heap[2] / 2), heap, Material.MATTE, load, top=0.7))
-    parts += _lights(nose + 0.03, tail - 0.004, half, 0.72, (0.3, 0.2))
+        if kind == "tipper":
+            heap = ((x1 - x0) * 0.9, width * 0.85, wall * 0.9)
+            parts.append(box((middle, 0, bed + 0.12 + heap[2] / 2), heap, Material.MATTE, (0.25, 0.2, 0.14), top=0.7))
+        else:  # crates and rolls
+            for x in np.arange(x0 + 0.7, x1 - 0.5, 1.15):
+                size = (1.0, width * rng.uniform(0.5, 0.85), rng.uniform(0.5, 1.4))
+                wood = rng.uniform(0.6, 1.3)
+                crate: Colour = (0.3 * wood, 0.22 * wood, 0.13 * wood) if rng.random() < 0.7 else draw_paint(rng)
+                parts.append(box((x, 0, bed + 0.16 + size[2] / 2), size, Material.MATTE, crate))
+    parts.append(box((tail + 0.08, 0, 0.78), (0.14, width * 0.96, 0.34), Material.MATTE, TRIM))
+    parts += _lights(nose + 0.03, tail - 0.004, half, 0.7, (0.3, 0.16))
     axles = (tail + 0.2 * length, nose - 0.9) if length < 7.5 else (tail + 0.15 * length, tail + 0.15 * length + 1.15, nose - 0.9)
     parts += _wheels(axles, half - 0.02, 0.46, 0.3)
     return join(parts)
@@ -283,6 +290,7 @@ def trailer(rng: np.random.Generator) -> Mesh:
         y = side * (half + 0.008)
         parts.append(_side_panel(tail + 0.3, nose - 0.3, y, bed + 0.02, bed + 0.08, Material.RETROREFLECTOR, (0.7, 0.6, 0.05)))
     parts.append(_end_panel(tail - 0.008, 0, bed + 0.06, width * 0.95, 0.1, Material.RETROREFLECTOR, RED_LIGHT))
+    parts.append(box((tail + 0.08, 0, 0.85), (0.14, width * 0.96, 0.26), Material.MATTE, TRIM))
     for side in (-1, 1):
         parts.append(_end_panel(tail - 0.01, side * (half - 0.3), 0.85, 0.35, 0.14, Material.TAILLIGHT, RED_LIGHT))
     parts += _wheels((tail + 1.0, tail + 2.2, tail + 3.4), half - 0.02, 0.48, 0.32)

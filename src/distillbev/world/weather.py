@@ -12,6 +12,10 @@ from .settings import Weather
 F32 = NDArray[np.float32]
 
 
+# How often each occurs, where a world allows all: mostly daylight, as in recorded datasets.
+FREQUENCY = {Weather.CLEAR: 0.42, Weather.OVERCAST: 0.24, Weather.RAIN: 0.12, Weather.DUSK: 0.11, Weather.NIGHT: 0.11}
+
+
 @dataclass(frozen=True)
 class Air:
     """Light, haze and wetness. Colours are linear RGB radiances (3,); `sun_direction` (3,) points to the sun."""
@@ -31,6 +35,11 @@ class Air:
     lidar_dropout: float  # share of returns lost to rain
 
 
+def draw_weather(allowed: tuple[Weather, ...], rng: np.random.Generator) -> Weather:
+    weights = np.array([FREQUENCY[weather] for weather in allowed])
+    return allowed[int(rng.choice(len(allowed), p=weights / weights.sum()))]
+
+
 def draw_air(weather: Weather, rng: np.random.Generator) -> Air:
     azimuth = rng.uniform(-np.pi, np.pi)
     elevation = np.radians(rng.uniform(28, 62) if weather is not Weather.DUSK else rng.uniform(6, 13))
@@ -39,13 +48,13 @@ def draw_air(weather: Weather, rng: np.random.Generator) -> Air:
     if weather is Weather.CLEAR:
         warm = np.array([1.0, 0.94, 0.82])
         values = (3.0 * warm * rng.uniform(0.85, 1.1), blue * 1.1 + 0.22, blue * 1.15, np.array([0.85, 0.95, 1.05]),
-                  0.0016 * rng.uniform(0.5, 2.0), rng.uniform(0.15, 0.6), 0.0, False, 0.62, 0.010)  # fmt: skip
+                  0.0009 * rng.uniform(0.5, 2.0), rng.uniform(0.1, 0.6), 0.0, False, 1.05, 0.010)  # fmt: skip
     elif weather is Weather.OVERCAST:
-        values = (0.3 * np.ones(3), grey * 1.25, grey * 1.1, grey * 1.35, 0.0035 * rng.uniform(0.6, 1.5), 0.9, 0.0, False,
-                  0.72, 0.012)  # fmt: skip
+        values = (0.3 * np.ones(3), grey * 1.75, grey * 1.35, grey * 1.6, 0.0013 * rng.uniform(0.6, 1.8), 0.85, 0.0, False,
+                  1.05, 0.012)  # fmt: skip
     elif weather is Weather.RAIN:
-        values = (0.0 * np.ones(3), grey * 0.8, grey * 0.62, grey * 0.85, 0.009 * rng.uniform(0.7, 1.3), 1.0, 1.0, False,
-                  1.0, 0.016)  # fmt: skip
+        values = (0.0 * np.ones(3), grey * 1.25, grey * 0.85, grey * 1.05, 0.0045 * rng.uniform(0.6, 1.4), 1.0, 1.0, False,
+                  1.25, 0.016)  # fmt: skip
     elif weather is Weather.DUSK:
         values = (1.15 * np.array([1.0, 0.62, 0.34]), np.array([0.34, 0.34, 0.46]) * 1.0, np.array([0.16, 0.22, 0.42]),
                   np.array([1.05, 0.72, 0.5]), 0.003 * rng.uniform(0.6, 1.4), rng.uniform(0.2, 0.6), 0.0, True, 1.0, 0.016)  # fmt: skip
