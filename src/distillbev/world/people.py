@@ -45,8 +45,8 @@ def pedestrian(rng: np.random.Generator, pose: str = "walking", kind: str = "adu
         drop = hip - 0.46
         for side in (-1, 1):
             knee, foot = (0.45, side * 0.1, 0.46), (0.42, side * 0.1, 0.05)
-            parts.append(tube((0, side * 0.1, 0.5), knee, (0.085, 0.07), Material.CLOTH, legs_colour))
-            parts.append(tube(knee, foot, (0.07, 0.05), Material.CLOTH, legs_colour))
+            parts.append(tube((0, side * 0.1, 0.5), knee, (0.085, 0.07), Material.CLOTH, legs_colour, 5))
+            parts.append(tube(knee, foot, (0.07, 0.05), Material.CLOTH, legs_colour, 5))
             parts.append(box((0.48, side * 0.1, 0.04), (0.25, 0.09, 0.08), Material.MATTE, (0.03, 0.03, 0.03)))
     else:
         skirt = kind == "adult" and rng.random() < 0.18
@@ -55,8 +55,8 @@ def pedestrian(rng: np.random.Generator, pose: str = "walking", kind: str = "adu
             knee = (swing * 0.55 + 0.03, side * 0.09 * build, 0.27 * height)
             foot = (swing, side * 0.09 * build, 0.06)
             parts.append(tube((0, side * 0.08 * build, hip), knee, (0.085 * build, 0.065 * build), Material.CLOTH,
-                              legs_colour))  # fmt: skip
-            parts.append(tube(knee, foot, (0.062 * build, 0.045), Material.CLOTH, skin if skirt else legs_colour))
+                              legs_colour, 5))  # fmt: skip
+            parts.append(tube(knee, foot, (0.062 * build, 0.045), Material.CLOTH, skin if skirt else legs_colour, 5))
             parts.append(box((foot[0] + 0.05, foot[1], 0.04), (0.26, 0.09, 0.08), Material.MATTE, (0.03, 0.03, 0.03)))
         if skirt:
             parts.append(column([(0.27 * height, 0.2, 0.22), (hip + 0.03, 0.13, 0.17)], Material.CLOTH, legs_colour))
@@ -73,8 +73,8 @@ def pedestrian(rng: np.random.Generator, pose: str = "walking", kind: str = "adu
         joint = (0, side * (breadth + 0.03), shoulder - 0.03)
         elbow = (swing * 0.3 - 0.02, side * (breadth + 0.06), shoulder - 0.3 * (height / 1.72))
         hand = (swing * 0.8 + 0.12, side * (breadth + 0.05), hip + 0.02)
-        parts.append(tube(joint, elbow, (0.058, 0.047), Material.CLOTH, shirt))
-        parts.append(tube(elbow, hand, (0.045, 0.035), Material.CLOTH, shirt if rng.random() < 0.6 else skin))
+        parts.append(tube(joint, elbow, (0.058, 0.047), Material.CLOTH, shirt, 5))
+        parts.append(tube(elbow, hand, (0.045, 0.035), Material.CLOTH, shirt if rng.random() < 0.6 else skin, 5))
         parts.append(ellipsoid(hand, (0.05, 0.04, 0.06), Material.MATTE, skin, rows=2, sides=4))
     head = top - 0.115
     parts.append(tube((0, 0, shoulder - 0.02), (0.01, 0, head - 0.05), 0.055, Material.MATTE, skin))
@@ -136,7 +136,7 @@ def motorcycle(rng: np.random.Generator, rider: bool) -> Mesh:
         parts += [
             box((0.1, 0, 0.32), (0.55, 0.36, 0.1), Material.PAINT, paint),
             tube((0.42, 0, 0.35), (0.5, 0, 0.95), (0.19, 0.14), Material.PAINT, paint),
-            ellipsoid((-0.42, 0, 0.58), (0.42, 0.19, 0.24), Material.PAINT, paint),
+            ellipsoid((-0.42, 0, 0.58), (0.42, 0.19, 0.24), Material.PAINT, paint, 4, 7),
         ]
     else:
         parts += [
@@ -176,16 +176,16 @@ def _rider(
     for side in (-1, 1):
         knee = np.array([(hip[0] + foot[0]) / 2 + 0.28, side * 0.14, (hip[2] + foot[1]) / 2 + 0.12])
         sole = np.array([foot[0] + side * 0.1, side * 0.14, foot[1] - 0.02 + side * 0.05])
-        parts.append(tube(hip + (0, side * 0.1, 0), knee, (0.09, 0.07), Material.CLOTH, legs))
-        parts.append(tube(knee, sole, (0.065, 0.05), Material.CLOTH, legs))
+        parts.append(tube(hip + (0, side * 0.1, 0), knee, (0.09, 0.07), Material.CLOTH, legs, 5))
+        parts.append(tube(knee, sole, (0.065, 0.05), Material.CLOTH, legs, 5))
         parts.append(box(sole + (0.05, 0, -0.03), (0.25, 0.09, 0.08), Material.MATTE, (0.03, 0.03, 0.03)))
         elbow = (neck + (grip[0], side * grip[2], grip[1])) / 2 + (0, side * 0.1, -0.1)
-        parts.append(tube(neck + (0, side * 0.18, -0.05), elbow, (0.055, 0.045), Material.CLOTH, shirt))
-        parts.append(tube(elbow, (grip[0], side * grip[2], grip[1]), (0.045, 0.035), Material.CLOTH, shirt))
+        parts.append(tube(neck + (0, side * 0.18, -0.05), elbow, (0.055, 0.045), Material.CLOTH, shirt, 5))
+        parts.append(tube(elbow, (grip[0], side * grip[2], grip[1]), (0.045, 0.035), Material.CLOTH, shirt, 5))
     head = neck + (0.06, 0, 0.2)
     parts.append(tube(neck, head, 0.055, Material.MATTE, skin))
-    parts.append(ellipsoid(head, (0.1, 0.08, 0.115), Material.MATTE, skin, 5))
+    parts.append(ellipsoid(head, (0.1, 0.08, 0.115), Material.MATTE, skin, 4, 7))
     cap, material = (draw_paint(rng), Material.PAINT) if helmet else (_pick(rng, HAIRS), Material.MATTE)
     size = (0.135, 0.115, 0.13) if helmet else (0.105, 0.09, 0.11)
-    parts.append(ellipsoid(head + (-0.02, 0, 0.035), size, material, cap, 4))
+    parts.append(ellipsoid(head + (-0.02, 0, 0.035), size, material, cap, 4, 7))
     return parts

@@ -32,10 +32,10 @@ from .weather import draw_air, draw_weather
 # Scenes lie in the positive quadrant of the global frame, as map images need.
 MAP_SIDE_M = 400.0
 MAP_PIXEL_M = 0.1
-MAP_RASTER_M = 0.5  # the map is evaluated this coarsely and enlarged
+MAP_RASTER_M = 0.8  # the map is evaluated this coarsely and enlarged
 FIRST_TIMESTAMP_US = 1_700_000_000_000_000
 GROUND_HALF_EXTENT_M = 240.0
-SHADOWS_FROM_M = 22.0  # moving actors this near are present even when no pixel shows them
+SHADOWS_FROM_M = 13.0  # moving actors this near are present even when no pixel shows them
 _CAMERA_PERIOD_US = 1_000_000 / 12
 
 

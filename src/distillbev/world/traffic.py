@@ -201,7 +201,7 @@ class _Cast:
 
     def __init__(self, town: _Town, registry: _Registry, catalogue: Catalogue, rng: np.random.Generator) -> None:
         self.town, self.registry, self.catalogue, self.rng = town, registry, catalogue, rng
-        # One person in about 3 m of street and side: dense near the ego vehicle, whatever the extent.
+        # Numbers below are for 60 m each way; with the extent they grow, so that the street is as full.
         self.density = town.extent_m / 60.0
         self.works: list[tuple[Road, int, float, float]] = []
 
@@ -407,7 +407,7 @@ class _Cast:
         for index, road in enumerate(self.town.roads.roads):
             low, high = self._range(road)
             for side in (-1, 1):
-                for _ in range(int(rng.poisson((15 if index == 0 else 8) * self.density))):
+                for _ in range(int(rng.poisson((10 if index == 0 else 5) * self.density))):
                     direction = int(rng.choice([-1, 1]))
                     d = side * (road.half_width_m + rng.uniform(1.7, 3.9))
                     path = self.town.offset_path(road, direction, d)
@@ -421,7 +421,7 @@ class _Cast:
                         kind = "walking child" if rng.random() < 0.1 else "walking"
                         shape = self.catalogue.draw("pedestrian", kind, rng)
                         self._drive(shape, beside, start, speed, "pedestrian.moving", KERB_M)
-                for _ in range(int(rng.poisson((4 if index == 0 else 2) * self.density))):
+                for _ in range(int(rng.poisson((3.5 if index == 0 else 1.5) * self.density))):
                     self._standing_group(road, rng.uniform(low, high), side)
         self._crossing_people()
 
