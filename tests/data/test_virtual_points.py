@@ -7,18 +7,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from distillbev.classes import CLASSES
+from distillbev.data.instance_masks import InstanceMasks, MaskErrors, MaskFiles
 from distillbev.data.samples import NuScenes
 from distillbev.data.schema import Sample
 from distillbev.data.virtual_points import (
     FLAG_COLUMN,
     TIME_COLUMN,
-    InstanceMasks,
-    MaskErrors,
-    MaskFiles,
     VirtualPoints,
     VirtualPointsConfig,
-    degrade_masks,
-    grow_mask,
     lift_masks,
     load_mvp_points,
     make_virtual_points,
@@ -91,35 +87,6 @@ def test_pixels_are_distinct_ones_of_the_mask_and_a_small_mask_repeats_its_first
     few = sample_pixels(rectangle(slice(2, 3), slice(3, 6)), 8, np.random.default_rng(0))
     assert len(np.unique(few[:3], axis=0)) == 3
     assert (few[3:] == few[0]).all()
-
-
-def test_a_mask_grows_and_shrinks_by_pixels() -> None:
-    mask = rectangle(slice(5, 9), slice(10, 16))
-    grown = grow_mask(mask, 1)
-    assert grown.sum() == 4 * 6 + 2 * (4 + 6)
-    assert np.array_equal(grow_mask(mask, -1), rectangle(slice(6, 8), slice(11, 15)))
-    assert np.array_equal(grow_mask(mask, 0), mask)
-
-
-def test_a_detector_s_errors_have_the_rates_asked_for() -> None:
-    mask = rectangle(slice(5, 15), slice(10, 30))
-    many = InstanceMasks(np.tile(mask, (2000, 1, 1)), np.full(2000, PEDESTRIAN), np.ones(2000, np.float32))
-    errors = MaskErrors(miss_rate=0.2, confusion_rate=0.3, outline_px=2, mean_score=0.8)
-    worse = degrade_masks(many, errors, np.random.default_rng(1))
-    assert abs(len(worse) / 2000 - 0.8) < 0.03
-    wrong = worse.labels != PEDESTRIAN
-    assert abs(wrong.mean() - 0.3) < 0.04
-    assert set(worse.labels) == set(range(len(CLASSES)))
-    assert worse.scores[wrong].mean() < 0.5 < 0.7 < worse.scores[~wrong].mean()
-    assert len({int(m.sum()) for m in worse.masks}) == 5  # outlines by -2 to 2 pixels
-
-
-def test_without_errors_a_detector_s_masks_are_the_true_ones() -> None:
-    errors = MaskErrors(miss_rate=0, confusion_rate=0, outline_px=0, min_pixels=5)
-    large, small = rectangle(slice(5, 15), slice(10, 30)), rectangle(slice(0, 2), slice(0, 2))
-    same = degrade_masks(found(large, small), errors, np.random.default_rng(0))
-    assert np.array_equal(same.masks, [large])
-    assert same.labels.tolist() == [CAR]
 
 
 # Files of a dataset
@@ -237,30 +204,3 @@ def test_virtual_points_of_another_version_are_refused(sample: Sample, tmp_path:
     np.savez(path, version=np.array(7), copies=points.copies, virtual=points.virtual)
     with pytest.raises(DataError, match="version 7 of virtual points, expected 1"):
         read_virtual_points(path)
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda png, listing: png.unlink(), "no such mask image"),
-        (lambda png, listing: png.write_bytes(b"none"), "unreadable mask image"),
-        (lambda png, listing: Image.new("L", (3, 2)).save(png), r"shape \(2, 3\).*90 rows by 160 columns"),
-        (lambda png, listing: Image.new("RGB", (160, 90)).save(png), "one channel"),
-        (lambda png, listing: listing.unlink(), "no such list of instances"),
-        (lambda png, listing: listing.write_text("{}"), "not a list of instances"),
-        (lambda png, listing: listing.write_text('{"instances": []}'), "no instance 1"),
-        (
-            lambda png, listing: listing.write_text(listing.read_text().replace("car", "care")),
-            "class 'care'; expected one of car",
-        ),
-        (lambda png, listing: listing.write_text(listing.read_text().replace("0.9", "9")), "score 9"),
-    ],
-)
-def test_mask_files_at_odds_with_their_format_are_refused(
-    sample: Sample, masks: Path, spoil, message: str
-) -> None:
-    camera = sample.cameras[0]
-    stem = masks / camera.channel / camera.path.stem
-    spoil(stem.with_suffix(".png"), stem.with_suffix(".json"))
-    with pytest.raises(DataError, match=message):
-        MaskFiles(masks)(sample)

@@ -10,9 +10,9 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
+from distillbev.data.instance_masks import InstanceMasks
 from distillbev.data.schema import LidarSweep, Sample
 from distillbev.data.virtual_points import (
-    InstanceMasks,
     VirtualPoints,
     lift_masks,
     load_mvp_points,

@@ -6,22 +6,15 @@ release. Everything is in the LiDAR frame of the sweep until `load_mvp_points` b
 The columns: x, y, z (m), intensity (0-255, -1 for virtual points), one per class of CLASSES, score, flag, time (s).
 Points that the LiDAR measured have ones for classes and score; a *copy* of such a point that lies in a mask, and
 the *virtual* points made from that mask, carry the mask's class and score.
-
-Masks of any 2-D detector are read from files: for every image `FOLDER/CHANNEL/NAME.png`, where NAME is the
-image's without its ending, of the image's size, one channel of 8 or 16 bits, 0 where nothing is and else the
-number of an instance; beside it `NAME.json`: `{"instances": [{"id": 1, "class": "car", "score": 0.9}, ...]}`. An
-image in which nothing was found has both files, too.
 """
 
 from __future__ import annotations
 
 import contextlib
-import difflib
-import json
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -31,15 +24,15 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from ..classes import CLASSES
 from ..config import Config, read_config, write_config
 from ..errors import ConfigError, DataError
 from ..geometry import invert_rigid, transform_points
+from .instance_masks import InstanceMasks, MaskErrors, ReadMasks, degrade_masks
 from .points import read_sweep
 from .samples import NuScenes
-from .schema import CameraFrame, LidarSweep, Sample
+from .schema import LidarSweep, Sample
 
 CLASS_COLUMNS = slice(4, 4 + len(CLASSES))
 SCORE_COLUMN = CLASS_COLUMNS.stop
@@ -52,30 +45,6 @@ FILE_VERSION = 1
 SETTINGS_FILE = "virtual_points.yaml"
 
 AbsentPolicy = Literal["error", "measured_only", "drop_sweep"]
-
-
-class MaskErrors(Config, frozen=True):
-    """Turns perfect masks into such as a detector gives.
-
-    An instance is missed with `miss_rate`, and always below `min_pixels`; another class is named with
-    `confusion_rate`; outlines grow or shrink by up to `outline_px`; scores are drawn about `mean_score`, and
-    about half of it where the class is wrong.
-    """
-
-    miss_rate: float = 0.1
-    min_pixels: int = 30
-    confusion_rate: float = 0.05
-    outline_px: int = 2
-    mean_score: float = 0.75
-
-    def __post_init__(self) -> None:
-        for name in ("miss_rate", "confusion_rate", "mean_score"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name}={getattr(self, name)}; expected a share from 0 to 1")
-        if self.min_pixels < 0 or self.outline_px < 0:
-            raise ConfigError(
-                f"min_pixels={self.min_pixels}, outline_px={self.outline_px}; expected no negative pixels"
-            )
 
 
 class VirtualPointsConfig(Config, frozen=True):
@@ -94,24 +63,6 @@ class VirtualPointsConfig(Config, frozen=True):
     def __post_init__(self) -> None:
         if self.points_per_instance < 1:
             raise ConfigError(f"points_per_instance={self.points_per_instance}; expected at least 1")
-
-
-@dataclass(frozen=True)
-class InstanceMasks:
-    """The instances found in one image: masks (n, H, W) bool, labels (n,) into CLASSES, scores (n,)."""
-
-    masks: NDArray[np.bool_]
-    labels: NDArray[np.int64]
-    scores: NDArray[np.float32]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, keep: NDArray[np.bool_]) -> InstanceMasks:
-        return InstanceMasks(self.masks[keep], self.labels[keep], self.scores[keep])
-
-
-ReadMasks = Callable[[Sample], list[InstanceMasks]]  # one for each of the sample's cameras
 
 
 @dataclass(frozen=True)
@@ -238,120 +189,6 @@ def make_virtual_points(
         pixels,
         config.as_released,
     )
-
-
-def degrade_masks(found: InstanceMasks, errors: MaskErrors, rng: np.random.Generator) -> InstanceMasks:
-    """Perfect masks with a detector's errors."""
-    masks, labels, scores = [], [], []
-    for mask, label in zip(found.masks, found.labels, strict=True):
-        missed, confused = rng.random(2) < (errors.miss_rate, errors.confusion_rate)
-        other = int(rng.integers(len(CLASSES) - 1))
-        change_px = int(rng.integers(-errors.outline_px, errors.outline_px + 1))
-        mean = errors.mean_score / 2 if confused else errors.mean_score
-        score = float(np.clip(rng.normal(mean, 0.1), 0.05, 1.0))
-        if missed or mask.sum() < errors.min_pixels:
-            continue
-        masks.append(grow_mask(mask, change_px))
-        labels.append(other + (other >= label) if confused else label)
-        scores.append(score)
-    return InstanceMasks(
-        np.array(masks, dtype=bool).reshape(-1, *found.masks.shape[1:]),
-        np.array(labels, dtype=np.int64),
-        np.array(scores, dtype=np.float32),
-    )
-
-
-def grow_mask(mask: NDArray[np.bool_], pixels: int) -> NDArray[np.bool_]:
-    """The mask with its outline moved outward by so many pixels along rows and columns (inward where negative)."""
-    grown = mask.copy() if pixels >= 0 else ~mask
-    for _ in range(abs(pixels)):
-        before = grown.copy()
-        grown[1:] |= before[:-1]
-        grown[:-1] |= before[1:]
-        grown[:, 1:] |= before[:, :-1]
-        grown[:, :-1] |= before[:, 1:]
-    return grown if pixels >= 0 else ~grown
-
-
-@dataclass(frozen=True)
-class MaskFiles:
-    """Reads the mask files of any 2-D detector; the format stands at the top of this file."""
-
-    folder: Path
-
-    def __call__(self, sample: Sample) -> list[InstanceMasks]:
-        """The masks of each camera's image.
-
-        Raises:
-            DataError: a file is absent, damaged, or at odds with the image or with the other file.
-        """
-        return [self._read(camera) for camera in sample.cameras]
-
-    def _read(self, camera: CameraFrame) -> InstanceMasks:
-        stem = self.folder / camera.channel / camera.path.stem
-        numbers = read_instance_numbers(stem.with_name(f"{stem.name}.png"), camera)
-        listing = stem.with_name(f"{stem.name}.json")
-        instances = list(_read_listing(listing))
-        unlisted = set(np.unique(numbers).tolist()) - {0} - {number for number, _, _ in instances}
-        if unlisted:
-            raise DataError(
-                f"{listing}: no instance {min(unlisted)}, though the mask image has pixels of it; list every "
-                "number of the image"
-            )
-        return InstanceMasks(
-            numbers[None] == np.array([number for number, _, _ in instances]).reshape(-1, 1, 1),
-            np.array([label for _, label, _ in instances], dtype=np.int64),
-            np.array([score for _, _, score in instances], dtype=np.float32),
-        )
-
-
-def read_instance_numbers(path: Path, camera: CameraFrame) -> NDArray[np.int64]:
-    """(H, W) the number of the instance at each pixel, 0 for none.
-
-    Raises:
-        DataError: the file is absent, no image of one channel, or of another size than the camera's images.
-    """
-    try:
-        with Image.open(path) as image:
-            numbers = np.array(image)
-    except FileNotFoundError:
-        raise DataError(
-            f"{path}: no such mask image for {camera.path.name}; run the 2-D detector on every image "
-            "(one without instances has a mask of zeros)"
-        ) from None
-    except (OSError, SyntaxError) as error:
-        raise DataError(f"{path}: unreadable mask image: {error}; write it again") from None
-    width, height = camera.size_wh_px
-    if numbers.shape != (height, width) or not np.issubdtype(numbers.dtype, np.integer):
-        raise DataError(
-            f"{path}: mask image of shape {numbers.shape} and type {numbers.dtype}; expected one channel of "
-            f"whole numbers, {height} rows by {width} columns as {camera.path.name}"
-        )
-    return numbers.astype(np.int64)
-
-
-def _read_listing(path: Path) -> Iterator[tuple[int, int, float]]:
-    try:
-        instances = json.loads(path.read_text())["instances"]
-        rows = [(int(row["id"]), str(row["class"]), float(row["score"])) for row in instances]
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such list of instances beside the mask image; write one") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f'{path}: not a list of instances ({error!r}); expected {{"instances": [{{"id": 1, "class": '
-            '"car", "score": 0.9}, ...]}'
-        ) from None
-    for number, name, score in rows:
-        if name not in CLASSES:
-            near = difflib.get_close_matches(name, CLASSES, n=2) or CLASSES
-            raise DataError(
-                f"{path}: instance {number} is of class {name!r}; expected one of {', '.join(near)}"
-            )
-        if number < 1 or not 0 <= score <= 1:
-            raise DataError(
-                f"{path}: instance {number} with score {score}; expected a number from 1 and a score from 0 to 1"
-            )
-        yield number, CLASSES.index(name), score
 
 
 def virtual_points_path(folder: Path, sweep: LidarSweep) -> Path:

@@ -279,9 +279,9 @@ def _submanifold_rulebook(sites: Sites, kernel: Triple) -> Rulebook:
         wanted = keys + (dz * layer_length + dy * row_length - reach_x)
         position = torch.searchsorted(keys, wanted)
         for _ in range(reach_x if (dz, dy) == (0, 0) else kernel[2]):
-            hit = padded_keys[position] == wanted
+            hit = padded_keys.index_select(0, position) == wanted
             found = hit.nonzero().squeeze(1)
-            earlier.append((position[found], found))
+            earlier.append((position.index_select(0, found), found))
             position += hit
             wanted += 1
 
@@ -330,7 +330,7 @@ def _strided_rulebook(
             for fits_x, part_x in steps[2]:
                 found = (fits_zy & fits_x).nonzero().squeeze(1)
                 inputs.append(found)
-                cells.append(part_zy[found] + part_x[found])
+                cells.append(part_zy.index_select(0, found) + part_x.index_select(0, found))
     out_cells, outputs = torch.cat(cells).unique(return_inverse=True)
     rulebook = Rulebook(tuple(inputs), outputs.split([len(i) for i in inputs]), num_outputs=len(out_cells))
     return Sites(out_cells, out_shape), rulebook
