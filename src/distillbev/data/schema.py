@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,6 +96,9 @@ class Batch:
         lidar2global: (B, 4, 4) float64, physical LiDAR frame -> global.
         points: per sample (P, 5): x, y, z (m), intensity (0-255), time (s, 0 now, negative earlier); or None.
         boxes: per sample ground truth (or pseudo labels), None where the sample is unlabelled.
+        past: earlier key frames of the same scenes, if they were asked for.
+        scenes: name of each sample's scene; None if unknown.
+        timestamps_us: of each sample (microseconds); None if unknown.
     """
 
     tokens: list[str]
@@ -106,9 +110,22 @@ class Batch:
     lidar2global: Tensor
     points: list[Tensor] | None
     boxes: list[Boxes3D | None]
+    past: PastFrames | None = None
+    scenes: list[str] | None = None
+    timestamps_us: list[int] | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def take(self, samples: list[int]) -> Batch:
+        """Some of the samples, in the order asked for."""
+
+        def some(entries: Any) -> Any:
+            if entries is None:
+                return None
+            return [entries[i] for i in samples] if isinstance(entries, list) else entries[samples]
+
+        return replace(self, **{field.name: some(getattr(self, field.name)) for field in fields(self)})
 
     def to(self, device: torch.device | str) -> Batch:
         def move(tensor: Tensor | None) -> Tensor | None:
@@ -123,4 +140,27 @@ class Batch:
             bev_aug=self.bev_aug.to(device),
             points=None if self.points is None else [points.to(device) for points in self.points],
             boxes=[None if boxes is None else boxes.to(device) for boxes in self.boxes],
+            past=None if self.past is None else self.past.to(device),
         )
+
+
+@dataclass
+class PastFrames:
+    """Earlier key frames of a batch's samples, with the augmentation of the present ones.
+
+    Where a scene has no frame so far back, its oldest one stands in, and at its start the present one. F frames.
+
+    Attributes:
+        frames: from new to old, each a batch of the same samples in the same order, without points and boxes;
+            its LiDAR frame is that of its own time.
+        gaps_s: (B, F) seconds from each frame to the present; 0 where the present stands in.
+    """
+
+    frames: list[Batch]
+    gaps_s: Tensor
+
+    def __getitem__(self, samples: list[int]) -> PastFrames:
+        return PastFrames([frame.take(samples) for frame in self.frames], self.gaps_s[samples])
+
+    def to(self, device: torch.device | str) -> PastFrames:
+        return PastFrames([frame.to(device) for frame in self.frames], self.gaps_s.to(device))

@@ -16,8 +16,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from ..config import Config
-from ..errors import ConfigError
+from ..data.virtual_points import FLAG_COLUMN, MEASURED, NUM_COLUMNS, TIME_COLUMN
+from ..errors import ConfigError, DataError
 from ..grid import BevGrid
+from .depth_net import DepthAggregation, DepthNetConfig, build_depth_net
+
+DepthLabels = Literal["centred", "megvii", "release"]
 
 
 class DepthBins(Config, frozen=True):
@@ -46,6 +50,9 @@ class DepthBins(Config, frozen=True):
 class LiftConfig(Config, frozen=True):
     """The lift. The last two switches give the reference's geometry back, for its published weights.
 
+    `depth_net`: a net that knows the cameras (BEVDepth); without one a single convolution says depth and
+    context. `aggregate_depth`: neighbours on the rays share their features before they are summed (BEVDepth's
+    depth refinement), which needs all ray features in memory.
     `z_range_m`: points above or below are dropped. `corner_aligned_pixels`: features lie from the first to
     the last pixel of the image, not at the centres of their strides. `truncate_cells`: coordinates are
     rounded towards zero, so that points up to a cell outside the lower borders count as inside.
@@ -53,6 +60,8 @@ class LiftConfig(Config, frozen=True):
 
     channels: int = 64
     depth: DepthBins = DepthBins()
+    depth_net: DepthNetConfig | None = None
+    aggregate_depth: bool = False
     z_range_m: tuple[float, float] = (-10.0, 10.0)
     corner_aligned_pixels: bool = False
     truncate_cells: bool = False
@@ -66,14 +75,29 @@ class LiftConfig(Config, frozen=True):
 
 
 class DepthLossConfig(Config, frozen=True):
-    """Teaches the depth bins from the key sweep's points, where they fall on the images.
+    """Teaches the depth bins from the points that the LiDAR measured just now, where they fall on the images.
 
     Per feature cell with a point: `softmax_bce` sums the binary cross entropies of all bins' probabilities
-    (BEVDepth), `cross_entropy` takes the negative log likelihood of the true bin.
+    (BEVDepth), `sigmoid_bce` those of the logits taken one by one, `cross_entropy` takes the negative log
+    likelihood of the true bin. `mean_over`: the sum is divided by the cells that have a point, or by all bins
+    of all cells.
+    `labels`: which cell a point belongs to, and which bin a depth; see `depth_targets`.
     """
 
-    loss: Literal["softmax_bce", "cross_entropy"] = "softmax_bce"
+    loss: Literal["softmax_bce", "sigmoid_bce", "cross_entropy"] = "softmax_bce"
+    mean_over: Literal["labelled_cells", "all_bins"] = "labelled_cells"
+    labels: DepthLabels = "centred"
     weight: float = 3.0
+
+    @classmethod
+    def megvii(cls) -> DepthLossConfig:
+        """As BEVDepth was published."""
+        return cls(labels="megvii")
+
+    @classmethod
+    def release(cls) -> DepthLossConfig:
+        """As the students of DistillBEV were trained."""
+        return cls(loss="sigmoid_bce", mean_over="all_bins", labels="release", weight=100.0)
 
 
 class DepthLift(nn.Module):
@@ -85,31 +109,58 @@ class DepthLift(nn.Module):
         self.grid = grid
         self.stride_px = stride_px
         self.out_channels = config.channels
-        # One convolution for both, depth first: two would read the features twice.
-        self.depth_and_context = nn.Conv2d(in_channels, config.depth.count + config.channels, kernel_size=1)
+        self.depth_net = None
+        if config.depth_net is not None:
+            self.depth_net = build_depth_net(
+                config.depth_net, in_channels, config.channels, config.depth.count
+            )
+        else:
+            # One convolution for both, depth first: two would read the features twice.
+            self.depth_and_context = nn.Conv2d(
+                in_channels, config.depth.count + config.channels, kernel_size=1
+            )
+        self.aggregation = DepthAggregation(config.channels) if config.aggregate_depth else None
 
-    def forward(self, features: Tensor, cam2img: Tensor, cam2lidar: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, features: Tensor, cam2img: Tensor, cam2lidar: Tensor, camera_numbers: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Lifts all cameras of a batch at once.
 
         Args:
             features: (B, N, C_in, H, W), one feature map per camera.
             cam2img: (B, N, 4, 4), with image augmentation.
             cam2lidar: (B, N, 4, 4), with BEV augmentation.
+            camera_numbers: (B, N, K), what the depth net is told of each camera (its `camera_numbers`).
 
         Returns:
             lifted: (B, C, Y, X) float32.
             depth_logits: (B, N, D, H, W) float32.
         """
-        config, cameras = self.config, features.shape[:2]
-        predicted = self.depth_and_context(features.flatten(0, 1)).float().unflatten(0, cameras)
-        depth_logits, context = predicted.split([config.depth.count, config.channels], dim=2)
+        config = self.config
+        depth_logits, context = self.look(features, camera_numbers)
         pixels = feature_pixels(features.shape[-2:], self.stride_px, config.corner_aligned_pixels)
         # Metres and sums of many small terms want full precision whatever autocast says.
         with torch.autocast(features.device.type, enabled=False):
             points = frustum_points(pixels, config.depth, cam2img, cam2lidar)  # (B, N, D, H, W, 3)
             cells = cell_indices(points, self.grid, config.z_range_m, config.truncate_cells)
-            lifted = lift_splat(depth_logits.softmax(dim=2), context, cells, self.grid)
-        return lifted, depth_logits
+            depth_probs = depth_logits.softmax(dim=2)
+            if self.aggregation is None:
+                return lift_splat(depth_probs, context, cells, self.grid), depth_logits
+            volume = torch.einsum("bndhw,bnchw->bncdhw", depth_probs, context)
+        volume = self.aggregation(volume.flatten(0, 1)).float().unflatten(0, volume.shape[:2])
+        return splat_volume(volume.movedim(2, -1), cells, self.grid), depth_logits
+
+    def look(self, features: Tensor, camera_numbers: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Depth logits (B, N, D, H, W) and context (B, N, C, H, W) of all cameras, float32."""
+        cameras, pixels = features.shape[:2], features.flatten(0, 1)
+        if self.depth_net is None:
+            predicted = self.depth_and_context(pixels).float().unflatten(0, cameras)
+            depth_logits, context = predicted.split([self.config.depth.count, self.config.channels], dim=2)
+        else:
+            assert camera_numbers is not None, "a depth net must be told of its cameras"
+            both = self.depth_net(pixels, camera_numbers.flatten(0, 1))
+            depth_logits, context = (part.float().unflatten(0, cameras) for part in both)
+        return depth_logits, context
 
 
 def feature_pixels(feature_hw: tuple[int, ...], stride_px: int, corner_aligned: bool = False) -> Tensor:
@@ -167,9 +218,13 @@ def cell_indices(
 
 def lift_splat_by_volume(depth_probs: Tensor, context: Tensor, cells: Tensor, grid: BevGrid) -> Tensor:
     """The slow, readable twin of `lift_splat`: builds all ray features, then adds each to its cell."""
-    B, _, C = context.shape[:3]
-    ray_features = torch.einsum("bndhw,bnchw->bndhwc", depth_probs, context)
-    ground = context.new_zeros(B * math.prod(grid.shape) + 1, C)  # the last row takes what lies outside
+    return splat_volume(torch.einsum("bndhw,bnchw->bndhwc", depth_probs, context), cells, grid)
+
+
+def splat_volume(ray_features: Tensor, cells: Tensor, grid: BevGrid) -> Tensor:
+    """(B, N, D, H, W, C) features and the cell of each -> (B, C, Y, X), summed."""
+    B, C = len(ray_features), ray_features.shape[-1]
+    ground = ray_features.new_zeros(B * math.prod(grid.shape) + 1, C)  # the last row takes what lies outside
     ground = ground.index_add(0, cells.flatten(), ray_features.reshape(-1, C))
     return ground[:-1].view(B, *grid.shape, C).permute(0, 3, 1, 2)
 
@@ -235,43 +290,94 @@ def depth_targets(
     bins: DepthBins,
     feature_hw: tuple[int, int],
     stride_px: int,
+    labels: DepthLabels = "centred",
 ) -> Tensor:
     """Which depth bin each feature cell should choose, as the LiDAR sees it.
 
     Args:
-        points: per sample (P, 5), see `Batch.points`; only the key sweep (time 0) is used: what moves is
-            elsewhere in older ones.
+        points: per sample (P, 5), see `Batch.points`, or MVP's 17 columns; see `measured_now`.
         cam2img: (B, N, 4, 4).
         cam2lidar: (B, N, 4, 4).
-        bins: the bins; a depth belongs to the nearest.
+        bins: the bins.
         feature_hw: rows and columns of the feature map.
         stride_px: pixels per feature.
+        labels: "centred": a point belongs to the cell that it falls into, a depth to the nearest bin, since a
+            bin's features are put at its depth. "megvii": a bin takes the depths from its own to the next.
+            "release": so too, but a point belongs to the nearest corner of cells, and only points within the
+            bins' range compete for a cell.
 
     Returns:
         (B, N, H, W) int64: the bin of the nearest point in the cell, -1 where none has one.
     """
+    within = (bins.start_m, bins.stop_m) if labels == "release" else None
+    to_corners = labels == "release"
+    nearest = nearest_depths(points, cam2img, cam2lidar, feature_hw, stride_px, to_corners, within)
+    return depth_bins(nearest, bins, nearest_bin=labels == "centred")
+
+
+def nearest_depths(
+    points: list[Tensor],
+    cam2img: Tensor,
+    cam2lidar: Tensor,
+    feature_hw: tuple[int, int],
+    stride_px: int,
+    to_corners: bool = False,
+    within_m: tuple[float, float] | None = None,
+) -> Tensor:
+    """(B, N, H, W) metres along the optical axis to the nearest point of each feature cell, inf where none is.
+
+    Args as `depth_targets`; `to_corners` rounds a point to the nearest corner of cells instead of taking the
+    cell that it lies in, `within_m` leaves out points that are nearer or not less far.
+    """
     (B, N), (H, W) = cam2img.shape[:2], feature_hw
     limits = torch.tensor([W, H], device=cam2img.device)
+    low, high = within_m or (1e-3, math.inf)
     with torch.autocast(cam2img.device.type, enabled=False):
         lidar2img = cam2img[..., :3, :3] @ torch.linalg.inv(cam2lidar)[..., :3, :]  # (B, N, 3, 4)
         nearest = cam2img.new_full((B, N * H * W + 1), math.inf)  # the last entry takes what lies outside
         for sample in range(B):
-            key_sweep = points[sample][points[sample][:, 4] == 0]
-            homogeneous = functional.pad(key_sweep[:, :3], (0, 1), value=1.0)  # (P, 4)
+            homogeneous = functional.pad(measured_now(points[sample])[:, :3], (0, 1), value=1.0)  # (P, 4)
             projected = torch.einsum("nij,pj->npi", lidar2img[sample], homogeneous)  # u*d, v*d, d
             depth = projected[..., 2]
-            cell = (projected[..., :2] / depth.clamp(min=1e-3)[..., None] / stride_px).floor()
+            cell = projected[..., :2] / depth.clamp(min=1e-3)[..., None] / stride_px
+            cell = cell.round() if to_corners else cell.floor()
             inside = (depth > 1e-3) & ((cell >= 0) & (cell < limits)).all(dim=-1)
+            inside &= (depth >= low) & (depth < high)
             camera = torch.arange(N, device=depth.device)[:, None] * (H * W)
             index = torch.where(inside, camera + (cell[..., 1] * W + cell[..., 0]).long(), N * H * W)
             nearest[sample].scatter_reduce_(0, index.flatten(), depth.flatten(), "amin")
-        chosen = ((nearest[:, :-1] - bins.start_m) / bins.step_m + 0.5).floor()
+    return nearest[:, :-1].view(B, N, H, W)
+
+
+def depth_bins(depths_m: Tensor, bins: DepthBins, nearest_bin: bool = True) -> Tensor:
+    """Depths -> int64 bins, the nearest or the last one not beyond; -1 where no bin is."""
+    with torch.autocast(depths_m.device.type, enabled=False):
+        chosen = ((depths_m - bins.start_m) / bins.step_m + (0.5 if nearest_bin else 0.0)).floor()
     known = (chosen >= 0) & (chosen < bins.count)  # an empty cell is infinitely far
-    return torch.where(known, chosen, -1).long().view(B, N, H, W)
+    return torch.where(known, chosen, -1).long()
+
+
+def measured_now(points: Tensor) -> Tensor:
+    """The points of the key sweep (time 0): what moves is elsewhere in older ones.
+
+    Of MVP's 17 columns only measured points count: virtual ones are guesses, and would teach a student's depth
+    what its teacher's input was given. To have them all the same, pass their first four columns and the time.
+
+    Raises:
+        DataError: points of neither form.
+    """
+    if points.shape[1] == NUM_COLUMNS:
+        return points[(points[:, TIME_COLUMN] == 0) & (points[:, FLAG_COLUMN] == MEASURED)]
+    if points.shape[1] != 5:
+        raise DataError(
+            f"points of {points.shape[1]} columns; the depth loss reads 5 (x, y, z, intensity, time) or "
+            f"{NUM_COLUMNS} (with virtual points)"
+        )
+    return points[points[:, 4] == 0]
 
 
 def depth_loss(depth_logits: Tensor, targets: Tensor, config: DepthLossConfig) -> Tensor:
-    """(B, N, D, H, W) logits and (B, N, H, W) bins -> weighted loss, a mean over cells that have a bin."""
+    """(B, N, D, H, W) logits and (B, N, H, W) bins -> weighted loss of the cells that have a bin."""
     known = targets >= 0
     logits = depth_logits.float().movedim(2, -1)[known]  # (cells, D)
     bins = targets[known]
@@ -280,5 +386,10 @@ def depth_loss(depth_logits: Tensor, targets: Tensor, config: DepthLossConfig) -
             total = functional.cross_entropy(logits, bins, reduction="sum")
         else:
             one_hot = functional.one_hot(bins, logits.shape[1]).to(logits.dtype)
-            total = functional.binary_cross_entropy(logits.softmax(dim=1), one_hot, reduction="sum")
+            if config.loss == "softmax_bce":
+                total = functional.binary_cross_entropy(logits.softmax(dim=1), one_hot, reduction="sum")
+            else:
+                total = functional.binary_cross_entropy_with_logits(logits, one_hot, reduction="sum")
+    if config.mean_over == "all_bins":
+        return config.weight * total / max(depth_logits.numel(), 1)
     return config.weight * total / known.sum().clamp(min=1)
