@@ -43,17 +43,20 @@ class DetectorOutput:
 
     Attributes:
         bev: named BEV maps. Detectors of ours give "stage0", "stage1", ... (the BEV encoder's stages, fine to
-            coarse) and "head" (the map that enters the detection head). Camera students also give "lifted".
+            coarse) and "head" (the map that enters the detection head). Camera students also give "lifted" (the
+            map that enters the BEV encoder, earlier frames included).
         heads: one dict per task with raw maps (B, C, Y, X): reg 2, height 1, dim 3, rot 2 (sin, cos), vel 2,
             heatmap (one logit per class of the task).
         depth_logits: (B, N, D, H, W) of students that predict depth, else None.
         queries: of detectors with a query head, else None; their `heads` is empty.
+        displacement_s: (B,) seconds over which the "vel" maps are displacements; None where they are m/s.
     """
 
     bev: dict[str, BevMap]
     heads: list[dict[str, Tensor]] = field(default_factory=list)
     depth_logits: Tensor | None = None
     queries: QueryPredictions | None = None
+    displacement_s: Tensor | None = None
 
 
 class Detector(Protocol):
