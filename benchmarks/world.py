@@ -33,11 +33,17 @@ def main() -> None:
         start, start_cpu = time.perf_counter(), time.process_time()
         simulate(config, Path(folder) / "one", processes=1, progress=False)
         wall, cpu = time.perf_counter() - start, time.process_time() - start_cpu
-        print(f"{width}x{height}, 1 process: {cpu / frames:.3f} CPU s, {wall / frames:.3f} s per key frame ({frames} key frames)")
+        print(
+            f"{width}x{height}, 1 process: {cpu / frames:.3f} CPU s, {wall / frames:.3f} s per key frame "
+            f"({frames} key frames)"
+        )
         start = time.perf_counter()
         simulate(config, Path(folder) / "several", processes=arguments.processes, progress=False)
         wall = time.perf_counter() - start
-        print(f"{width}x{height}, {arguments.processes} processes: {frames / wall:.2f} key frames per second, start-up included")
+        print(
+            f"{width}x{height}, {arguments.processes} processes: {frames / wall:.2f} key frames per second, "
+            "start-up included"
+        )
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,7 +96,7 @@ def traffic_cone(rng: np.random.Generator) -> Mesh:
     slope = [(0.04, foot * 0.4), (0.35 * height, foot * 0.3), (0.5 * height, foot * 0.25), (0.62 * height, foot * 0.21),
              (0.75 * height, foot * 0.17), (height, foot * 0.07)]  # fmt: skip
     parts = [box((0, 0, 0.02), (foot, foot, 0.04), Material.MATTE, (0.04, 0.04, 0.04))]
-    for k, (low, high) in enumerate(zip(slope[:-1], slope[1:], strict=True)):
+    for k, (low, high) in enumerate(pairwise(slope)):
         white = k in (1, 3)
         material, colour = (Material.RETROREFLECTOR, (0.8, 0.8, 0.8)) if white else (Material.MATTE, orange)
         parts.append(column([(low[0], low[1], low[1]), (high[0], high[1], high[1])], material, colour))
@@ -108,11 +109,17 @@ def barrier(rng: np.random.Generator) -> Mesh:
     width, height = rng.uniform(1.7, 2.5), rng.uniform(0.85, 1.1)
     half = width / 2
     if kind == "planks":
-        parts = [box((0, side * half * 0.8, height / 2), (0.08, 0.08, height), Material.MATTE, (0.4, 0.4, 0.4)) for side in (-1, 1)]
-        parts += [box((0, side * half * 0.8, 0.05), (0.55, 0.1, 0.1), Material.MATTE, (0.1, 0.1, 0.1)) for side in (-1, 1)]
+        parts = [
+            box((0, side * half * 0.8, height / 2), (0.08, 0.08, height), Material.MATTE, (0.4, 0.4, 0.4))
+            for side in (-1, 1)
+        ]
+        parts += [
+            box((0, side * half * 0.8, 0.05), (0.55, 0.1, 0.1), Material.MATTE, (0.1, 0.1, 0.1))
+            for side in (-1, 1)
+        ]
         for z in (height - 0.12, height * 0.5):
             edges = np.linspace(-half, half, 8)
-            for k, (low, high) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+            for k, (low, high) in enumerate(pairwise(edges)):
                 colour = (0.7, 0.05, 0.04) if k % 2 else (0.8, 0.8, 0.78)
                 centre = (0, (low + high) / 2, z)
                 parts.append(box(centre, (0.04, high - low, 0.22), Material.RETROREFLECTOR, colour))
@@ -124,7 +131,9 @@ def barrier(rng: np.random.Generator) -> Mesh:
     foot = hull([(-half, 0.28, 0, 0.28), (half, 0.28, 0, 0.28)], Material.MATTE, colour, chamfer=0.1)
     parts = [body, foot]
     if kind == "plastic":
-        parts.append(box((0, 0, height * 0.62), (width * 0.5, 0.42, 0.16), Material.RETROREFLECTOR, (0.8, 0.8, 0.8)))
+        parts.append(
+            box((0, 0, height * 0.62), (width * 0.5, 0.42, 0.16), Material.RETROREFLECTOR, (0.8, 0.8, 0.8))
+        )
     return join(parts).moved(yaw_rad=np.pi / 2)
 
 

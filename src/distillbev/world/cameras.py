@@ -55,7 +55,9 @@ def take_picture(
         origins = np.broadcast_to(origin.astype(np.float32), directions.shape)
         hits = stage.cast(np.ascontiguousarray(origins), directions)
         primitive = hits.primitive
-        return expose(radiance(stage, scene, origin, directions, hits, pixel_rad, ego2world), scene.air.exposure), primitive
+        return expose(
+            radiance(stage, scene, origin, directions, hits, pixel_rad, ego2world), scene.air.exposure
+        ), primitive
 
     values, primitive = look(pixel_rays(intrinsic, size_px))
     instance = np.where(primitive >= 0, stage.instance[np.maximum(primitive, 0)], 0)
@@ -64,7 +66,7 @@ def take_picture(
     return Picture(image, instance.reshape(height, width).astype(np.int32))
 
 
-def _sample_edges_again(values, width: int, height: int, look) -> None:  # noqa: ANN001
+def _sample_edges_again(values, width: int, height: int, look) -> None:
     """Replaces the pixels on edges by the mean of three samples, in place."""
     level = values.mean(axis=1).reshape(height, width)
     contrast = np.zeros_like(level)
@@ -83,7 +85,9 @@ def _sample_edges_again(values, width: int, height: int, look) -> None:  # noqa:
     v, u = np.divmod(edges, width)
     offsets = _EDGE_OFFSETS
     again = look((u + offsets[:, :1]).ravel(), (v + offsets[:, 1:]).ravel())
-    values[edges] = (values[edges] + again.reshape(len(offsets), len(edges), 3).sum(axis=0)) / (len(offsets) + 1)
+    values[edges] = (values[edges] + again.reshape(len(offsets), len(edges), 3).sum(axis=0)) / (
+        len(offsets) + 1
+    )
 
 
 def expose(light: NDArray[np.float32], exposure: float) -> NDArray[np.float32]:
@@ -91,7 +95,7 @@ def expose(light: NDArray[np.float32], exposure: float) -> NDArray[np.float32]:
     return np.sqrt(1 - np.exp(np.maximum(light, 0) * np.float32(-1.25 * exposure)))
 
 
-def develop(values: NDArray[np.float32], noise: float, rng: np.random.Generator) -> NDArray[np.uint8]:
+def develop(values: NDArray[np.floating], noise: float, rng: np.random.Generator) -> NDArray[np.uint8]:
     """(H, W, 3) display values -> 8 bits, with the lens's fall-off and the sensor's noise."""
     height, width, _ = values.shape
     y, x = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij")

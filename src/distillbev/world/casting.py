@@ -17,7 +17,7 @@ from embreex.rtcore_scene import EmbreeScene
 from numpy.typing import NDArray
 
 from .actors import Actor
-from .meshes import F32, Mesh, join
+from .meshes import Floats, Mesh, join
 from .surroundings import Surroundings
 
 FAR_M = 420.0
@@ -28,9 +28,9 @@ class Hits:
     """First hits of n rays: range (n,) m (FAR_M if none), primitive (n,) int64 into `Stage`'s tables (-1 if
     none), normal (n, 3) unit, turned against the ray."""
 
-    range_m: F32
+    range_m: Floats
     primitive: NDArray[np.int64]
-    normal: F32
+    normal: Floats
 
 
 class Stage:
@@ -51,14 +51,19 @@ class Stage:
         self.style = np.zeros(len(self.material), dtype=np.uint8)
         self.style[len(ground) : len(ground) + len(surroundings.mesh)] = surroundings.style
         owners = [np.zeros(len(ground) + len(surroundings.mesh), dtype=np.int32)]
-        owners += [np.full(len(actor.shape.mesh), number, dtype=np.int32) for number, actor in still + self.moving]
+        owners += [
+            np.full(len(actor.shape.mesh), number, dtype=np.int32) for number, actor in still + self.moving
+        ]
         self.instance = np.concatenate(owners)
         self._num_still = len(fixed)
         self._still = build(fixed.triangles)
         self._moving: EmbreeScene | None = None
         self._moving_primitive = np.zeros(0, dtype=np.int64)  # row in the tables of each moving triangle
         ends = len(fixed) + np.cumsum([len(actor.shape.mesh) for _, actor in self.moving], dtype=np.int64)
-        self._rows = [np.arange(end - len(actor.shape.mesh), end) for end, (_, actor) in zip(ends, self.moving, strict=True)]
+        self._rows = [
+            np.arange(end - len(actor.shape.mesh), end)
+            for end, (_, actor) in zip(ends, self.moving, strict=True)
+        ]
         self._rest = np.array([actor.pose(0.0) for actor in actors]).reshape(-1, 4)
 
     def poses(self, time_s: float) -> NDArray[np.float64]:
@@ -81,9 +86,11 @@ class Stage:
         self._moving = build(np.concatenate(meshes))
         self._moving_primitive = np.concatenate([self._rows[k] for k in kept])
 
-    def cast(self, origins: F32, directions: F32) -> Hits:
+    def cast(self, origins: Floats, directions: Floats) -> Hits:
         """(n, 3) origins and unit directions -> first hits."""
-        first = self._still.run(origins, directions, dists=np.full(len(origins), FAR_M, np.float32), output=True)
+        first = self._still.run(
+            origins, directions, dists=np.full(len(origins), FAR_M, np.float32), output=True
+        )
         range_m, normal = first["tfar"], first["Ng"]
         primitive = first["primID"].astype(np.int64)
         if self._moving is not None:
@@ -97,18 +104,20 @@ class Stage:
         normal *= (-np.sign(facing) / np.maximum(length, 1e-12))[:, None]
         return Hits(range_m, primitive, normal)
 
-    def blocked(self, origins: F32, directions: F32, reach_m: float) -> NDArray[np.bool_]:
+    def blocked(self, origins: Floats, directions: Floats, reach_m: float) -> NDArray[np.bool_]:
         """(n,) whether anything stands within `reach_m` along the ray."""
         reach = np.full(len(origins), reach_m, np.float32)
         # embreex answers 0 for a blocked ray and -1 for a clear one.
         hit = self._still.run(origins, directions, dists=reach, query="OCCLUDED") == 0
         if self._moving is not None:
             clear = np.flatnonzero(~hit)
-            hit[clear] = self._moving.run(origins[clear], directions[clear], dists=reach[clear], query="OCCLUDED") == 0
+            hit[clear] = (
+                self._moving.run(origins[clear], directions[clear], dists=reach[clear], query="OCCLUDED") == 0
+            )
         return hit
 
 
-def build(triangles: F32) -> EmbreeScene:
+def build(triangles: Floats) -> EmbreeScene:
     """A search structure over (n, 3, 3) triangles."""
     _keep_to_one_thread()
     scene = EmbreeScene()

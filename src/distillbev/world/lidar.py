@@ -84,6 +84,10 @@ def points_in_boxes(points: NDArray[np.float64], boxes: NDArray[np.float64]) -> 
         offset = points[first:last] - (x, y, z)
         along = offset[:, 0] * np.cos(yaw) + offset[:, 1] * np.sin(yaw)
         across = offset[:, 1] * np.cos(yaw) - offset[:, 0] * np.sin(yaw)
-        inside = (np.abs(along) <= length / 2) & (np.abs(across) <= width / 2) & (np.abs(offset[:, 2]) <= height / 2)
+        inside = (
+            (np.abs(along) <= length / 2)
+            & (np.abs(across) <= width / 2)
+            & (np.abs(offset[:, 2]) <= height / 2)
+        )
         counts[k] = inside.sum()
     return counts

@@ -13,7 +13,8 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-F32 = NDArray[np.float32]
+Floats = NDArray[np.floating]  # float32 where there are many
+Vector = Sequence[float] | Floats  # three coordinates
 Colour = tuple[float, float, float]  # linear albedo, red green blue in 0 to 1
 
 
@@ -37,24 +38,24 @@ class Material(IntEnum):
 class Mesh:
     """n triangles: corners (n, 3, 3) float32, material (n,) uint8, colour (n, 3) float32."""
 
-    triangles: F32
+    triangles: Floats
     material: NDArray[np.uint8]
-    colour: F32
+    colour: Floats
 
     def __len__(self) -> int:
         return len(self.triangles)
 
-    def moved(self, translation_m: Sequence[float] = (0, 0, 0), yaw_rad: float = 0.0) -> Mesh:
+    def moved(self, translation_m: Vector = (0, 0, 0), yaw_rad: float = 0.0) -> Mesh:
         """Turned about z by the yaw, then shifted."""
         cos, sin = np.cos(yaw_rad), np.sin(yaw_rad)
         turn = np.array([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]], dtype=np.float32)
         triangles = self.triangles @ turn + np.asarray(translation_m, dtype=np.float32)
         return replace(self, triangles=triangles.astype(np.float32))
 
-    def scaled(self, factors_xyz: Sequence[float]) -> Mesh:
+    def scaled(self, factors_xyz: Vector) -> Mesh:
         return replace(self, triangles=self.triangles * np.asarray(factors_xyz, dtype=np.float32))
 
-    def bounds(self) -> tuple[F32, F32]:
+    def bounds(self) -> tuple[Floats, Floats]:
         """(3,) lowest and (3,) highest coordinates."""
         corners = self.triangles.reshape(-1, 3)
         return corners.min(axis=0), corners.max(axis=0)
@@ -77,7 +78,7 @@ def join(meshes: Sequence[Mesh]) -> Mesh:
     )
 
 
-def surface(triangles: NDArray[np.floating], material: Material, colour: Sequence[float] | F32) -> Mesh:
+def surface(triangles: NDArray[np.floating], material: Material, colour: Sequence[float] | Floats) -> Mesh:
     """(n, 3, 3) corners of one material; one colour for all, or (n, 3)."""
     count = len(triangles)
     return Mesh(
@@ -103,7 +104,9 @@ def loft(rings: NDArray[np.floating], material: Material, colour: Colour, caps: 
     return surface(np.concatenate(parts), material, colour)
 
 
-def section(x: float, half_width: float, low: float, high: float, chamfer: float = 0.0) -> NDArray[np.float64]:
+def section(
+    x: float, half_width: float, low: float, high: float, chamfer: float = 0.0
+) -> NDArray[np.float64]:
     """(8, 3) a rectangle across the x axis with its corners cut off."""
     w, c = half_width, min(chamfer, half_width * 0.9, (high - low) * 0.45)
     yz = [
@@ -114,13 +117,16 @@ def section(x: float, half_width: float, low: float, high: float, chamfer: float
 
 
 def hull(
-    stations: Sequence[tuple[float, float, float, float]], material: Material, colour: Colour, chamfer: float = 0.06
+    stations: Sequence[tuple[float, float, float, float]],
+    material: Material,
+    colour: Colour,
+    chamfer: float = 0.06,
 ) -> Mesh:
     """A body along x, given as stations (x, half width, bottom, top)."""
     return loft(np.stack([section(*station, chamfer) for station in stations]), material, colour)
 
 
-def box(centre: Sequence[float], size: Sequence[float], material: Material, colour: Colour, top: float = 1.0) -> Mesh:
+def box(centre: Vector, size: Vector, material: Material, colour: Colour, top: float = 1.0) -> Mesh:
     """A box of the given centre and (length, width, height); `top` shrinks its upper face."""
     corners = np.array([(1, 1), (-1, 1), (-1, -1), (1, -1)]) * (np.asarray(size[:2]) / 2)
     low, high = centre[2] - size[2] / 2, centre[2] + size[2] / 2
@@ -130,7 +136,10 @@ def box(centre: Sequence[float], size: Sequence[float], material: Material, colo
 
 
 def frustum(
-    base: tuple[float, float, float, float], lid: tuple[float, float, float, float], material: Material, colour: Colour
+    base: tuple[float, float, float, float],
+    lid: tuple[float, float, float, float],
+    material: Material,
+    colour: Colour,
 ) -> Mesh:
     """A body between two level rectangles, each (rear x, front x, half width, z)."""
     rings = [
@@ -152,34 +161,43 @@ def circle(sides: int, phase: float = 0.0) -> NDArray[np.float64]:
 
 
 def tube(
-    start: Sequence[float],
-    end: Sequence[float],
+    start: Vector,
+    end: Vector,
     radius: float | tuple[float, float],
     material: Material,
     colour: Colour,
     sides: int = 6,
 ) -> Mesh:
     """A straight limb, pole or bar, open at its ends; two radii taper it."""
-    start, end = np.asarray(start, dtype=np.float64), np.asarray(end, dtype=np.float64)
+    first, last = np.asarray(start, dtype=np.float64), np.asarray(end, dtype=np.float64)
     radii = (radius, radius) if isinstance(radius, (int, float)) else radius
-    axis = (end - start) / max(float(np.linalg.norm(end - start)), 1e-9)
+    axis = (last - first) / max(float(np.linalg.norm(last - first)), 1e-9)
     across = np.cross(axis, (0, 0, 1) if abs(axis[2]) < 0.9 else (1, 0, 0))
-    across /= np.linalg.norm(across)
+    across = across / np.linalg.norm(across)
     over = np.cross(axis, across)
-    ring = circle(sides) @ np.stack([across, over])
-    return loft(np.stack([start + radii[0] * ring, end + radii[1] * ring]), material, colour, caps=False)
+    ring = circle(sides) @ np.stack([across, over]).astype(np.float64)
+    return loft(np.stack([first + radii[0] * ring, last + radii[1] * ring]), material, colour, caps=False)
 
 
-def column(rings: Sequence[tuple[float, float, float]], material: Material, colour: Colour, sides: int = 8) -> Mesh:
+def column(
+    rings: Sequence[tuple[float, float, float]], material: Material, colour: Colour, sides: int = 8
+) -> Mesh:
     """A body along z, given as rings (z, radius along x, radius along y)."""
     unit = circle(sides, 0.5)
     return loft(
-        np.stack([np.column_stack([unit * (rx, ry), np.full(sides, z)]) for z, rx, ry in rings]), material, colour
+        np.stack([np.column_stack([unit * (rx, ry), np.full(sides, z)]) for z, rx, ry in rings]),
+        material,
+        colour,
     )
 
 
 def ellipsoid(
-    centre: Sequence[float], radii: Sequence[float], material: Material, colour: Colour, rows: int = 4, sides: int = 8
+    centre: Vector,
+    radii: Vector,
+    material: Material,
+    colour: Colour,
+    rows: int = 4,
+    sides: int = 8,
 ) -> Mesh:
     angles = np.linspace(-np.pi / 2, np.pi / 2, rows + 1)
     angles[[0, -1]] *= 0.98
@@ -188,7 +206,7 @@ def ellipsoid(
     return loft(np.stack(rings) * np.asarray(radii) + np.asarray(centre), material, colour)
 
 
-def wheel(centre: Sequence[float], radius: float, width: float, rim: Colour = (0.35, 0.36, 0.38)) -> Mesh:
+def wheel(centre: Vector, radius: float, width: float, rim: Colour = (0.35, 0.36, 0.38)) -> Mesh:
     """A tyre that turns about the y axis, with a lighter rim on both faces."""
     x, y, z = centre
     half = width / 2

@@ -13,7 +13,13 @@ CLOTHES: tuple[Colour, ...] = (
     (0.04, 0.05, 0.12), (0.5, 0.5, 0.5), (0.03, 0.03, 0.035), (0.45, 0.06, 0.06), (0.06, 0.18, 0.4), (0.7, 0.68, 0.62),
     (0.1, 0.25, 0.12), (0.55, 0.4, 0.1), (0.3, 0.1, 0.3), (0.2, 0.15, 0.1), (0.75, 0.75, 0.78), (0.6, 0.25, 0.3),
 )  # fmt: skip
-TROUSERS: tuple[Colour, ...] = ((0.03, 0.04, 0.09), (0.03, 0.03, 0.03), (0.2, 0.18, 0.14), (0.12, 0.13, 0.15), (0.4, 0.36, 0.3))
+TROUSERS: tuple[Colour, ...] = (
+    (0.03, 0.04, 0.09),
+    (0.03, 0.03, 0.03),
+    (0.2, 0.18, 0.14),
+    (0.12, 0.13, 0.15),
+    (0.4, 0.36, 0.3),
+)
 HI_VIS: Colour = (0.75, 0.75, 0.05)
 HELMET_YELLOW: Colour = (0.8, 0.6, 0.05)
 
@@ -47,7 +53,9 @@ def pedestrian(rng: np.random.Generator, pose: str = "walking", kind: str = "adu
             knee, foot = (0.45, side * 0.1, 0.46), (0.42, side * 0.1, 0.05)
             parts.append(tube((0, side * 0.1, 0.5), knee, (0.085, 0.07), Material.CLOTH, legs_colour, 5))
             parts.append(tube(knee, foot, (0.07, 0.05), Material.CLOTH, legs_colour, 5))
-            parts.append(box((0.48, side * 0.1, 0.04), (0.25, 0.09, 0.08), Material.MATTE, (0.03, 0.03, 0.03)))
+            parts.append(
+                box((0.48, side * 0.1, 0.04), (0.25, 0.09, 0.08), Material.MATTE, (0.03, 0.03, 0.03))
+            )
     else:
         skirt = kind == "adult" and rng.random() < 0.18
         for side in (-1, 1):
@@ -56,10 +64,16 @@ def pedestrian(rng: np.random.Generator, pose: str = "walking", kind: str = "adu
             foot = (swing, side * 0.09 * build, 0.06)
             parts.append(tube((0, side * 0.08 * build, hip), knee, (0.085 * build, 0.065 * build), Material.CLOTH,
                               legs_colour, 5))  # fmt: skip
-            parts.append(tube(knee, foot, (0.062 * build, 0.045), Material.CLOTH, skin if skirt else legs_colour, 5))
-            parts.append(box((foot[0] + 0.05, foot[1], 0.04), (0.26, 0.09, 0.08), Material.MATTE, (0.03, 0.03, 0.03)))
+            parts.append(
+                tube(knee, foot, (0.062 * build, 0.045), Material.CLOTH, skin if skirt else legs_colour, 5)
+            )
+            parts.append(
+                box((foot[0] + 0.05, foot[1], 0.04), (0.26, 0.09, 0.08), Material.MATTE, (0.03, 0.03, 0.03))
+            )
         if skirt:
-            parts.append(column([(0.27 * height, 0.2, 0.22), (hip + 0.03, 0.13, 0.17)], Material.CLOTH, legs_colour))
+            parts.append(
+                column([(0.27 * height, 0.2, 0.22), (hip + 0.03, 0.13, 0.17)], Material.CLOTH, legs_colour)
+            )
     hip, shoulder, top = hip - drop, shoulder - drop, height - drop
     depth, breadth = 0.115 * build, 0.185 * build * (height / 1.72)
     torso = [(hip - 0.05, depth, breadth * 0.86), (hip + 0.18, depth * 0.95, breadth * 0.82),
@@ -74,7 +88,9 @@ def pedestrian(rng: np.random.Generator, pose: str = "walking", kind: str = "adu
         elbow = (swing * 0.3 - 0.02, side * (breadth + 0.06), shoulder - 0.3 * (height / 1.72))
         hand = (swing * 0.8 + 0.12, side * (breadth + 0.05), hip + 0.02)
         parts.append(tube(joint, elbow, (0.058, 0.047), Material.CLOTH, shirt, 5))
-        parts.append(tube(elbow, hand, (0.045, 0.035), Material.CLOTH, shirt if rng.random() < 0.6 else skin, 5))
+        parts.append(
+            tube(elbow, hand, (0.045, 0.035), Material.CLOTH, shirt if rng.random() < 0.6 else skin, 5)
+        )
         parts.append(ellipsoid(hand, (0.05, 0.04, 0.06), Material.MATTE, skin, rows=2, sides=4))
     head = top - 0.115
     parts.append(tube((0, 0, shoulder - 0.02), (0.01, 0, head - 0.05), 0.055, Material.MATTE, skin))
@@ -82,10 +98,14 @@ def pedestrian(rng: np.random.Generator, pose: str = "walking", kind: str = "adu
     if kind == "worker":
         parts.append(ellipsoid((0, 0, head + 0.05), (0.13, 0.11, 0.1), Material.PAINT, HELMET_YELLOW, rows=4))
     else:
-        parts.append(ellipsoid((-0.02, 0, head + 0.025), (0.1, 0.088, 0.108), Material.MATTE, hair, rows=4, sides=7))
+        parts.append(
+            ellipsoid((-0.02, 0, head + 0.025), (0.1, 0.088, 0.108), Material.MATTE, hair, rows=4, sides=7)
+        )
     if pose != "sitting" and kind == "adult" and rng.random() < 0.3:
         bag = _pick(rng, CLOTHES)
-        parts.append(box((-depth - 0.09, 0, shoulder - 0.22), (0.18, 0.3, 0.42), Material.CLOTH, bag, top=0.85))
+        parts.append(
+            box((-depth - 0.09, 0, shoulder - 0.22), (0.18, 0.3, 0.42), Material.CLOTH, bag, top=0.85)
+        )
     return join(parts)
 
 
@@ -94,10 +114,18 @@ def _bike_wheel(x: float, radius: float, thick: float) -> list[Mesh]:
     points, height = circle(12), radius + thick
     rings = [
         np.column_stack([x + r * points[:, 0], np.full(12, y), height + r * points[:, 1]])
-        for r, y in ((radius + thick, 0.0), (radius - thick, thick), (radius - thick, -thick), (radius + thick, 0.0))
+        for r, y in (
+            (radius + thick, 0.0),
+            (radius - thick, thick),
+            (radius - thick, -thick),
+            (radius + thick, 0.0),
+        )
     ]
     tyre = loft(np.stack(rings), Material.MATTE, (0.02, 0.02, 0.02), caps=False)
-    hub, rim = (x, 0.0, height), np.column_stack([x + radius * points[:, 0], np.zeros(12), height + radius * points[:, 1]])
+    hub, rim = (
+        (x, 0.0, height),
+        np.column_stack([x + radius * points[:, 0], np.zeros(12), height + radius * points[:, 1]]),
+    )
     return [tyre, *(tube(hub, rim[k], 0.012, Material.PAINT, (0.4, 0.4, 0.4), 3) for k in (0, 3, 6, 9))]
 
 
@@ -109,13 +137,23 @@ def bicycle(rng: np.random.Generator, rider: bool) -> Mesh:
     for a, b in ((crank, seat), (crank, head), (seat, head), ((-reach, 0, radius), crank), ((-reach, 0, radius), seat),
                  ((reach, 0, radius), head), (head, (reach - 0.2, 0, 1.03))):  # fmt: skip
         parts.append(tube(a, b, 0.024, Material.PAINT, paint, 5))
-    parts.append(tube((reach - 0.2, -0.28, 1.04), (reach - 0.2, 0.28, 1.04), 0.02, Material.MATTE, (0.03, 0.03, 0.03), 5))
+    parts.append(
+        tube(
+            (reach - 0.2, -0.28, 1.04), (reach - 0.2, 0.28, 1.04), 0.02, Material.MATTE, (0.03, 0.03, 0.03), 5
+        )
+    )
     parts.append(box((-0.24, 0, 0.95), (0.26, 0.15, 0.07), Material.MATTE, (0.03, 0.03, 0.03)))
     parts.append(box((-reach - 0.1, 0, 0.72), (0.03, 0.08, 0.08), Material.RETROREFLECTOR, (0.5, 0.03, 0.03)))
     if rng.random() < 0.3:
         parts.append(box((reach + 0.02, 0, 0.95), (0.3, 0.36, 0.25), Material.MATTE, (0.12, 0.1, 0.08)))
     if rider:
-        parts += _rider(rng, seat=(-0.2, 0.98), grip=(reach - 0.2, 1.06, 0.25), foot=(0.0, 0.32), helmet=rng.random() < 0.6)
+        parts += _rider(
+            rng,
+            seat=(-0.2, 0.98),
+            grip=(reach - 0.2, 1.06, 0.25),
+            foot=(0.0, 0.32),
+            helmet=rng.random() < 0.6,
+        )
     return join(parts)
 
 
@@ -129,7 +167,12 @@ def motorcycle(rng: np.random.Generator, rider: bool) -> Mesh:
         points = circle(10)
         rings = [
             np.column_stack([x + r * points[:, 0], np.full(10, y), radius + 0.05 + r * points[:, 1]])
-            for r, y in ((radius * 0.6, -0.07), (radius + 0.05, -0.05), (radius + 0.05, 0.05), (radius * 0.6, 0.07))
+            for r, y in (
+                (radius * 0.6, -0.07),
+                (radius + 0.05, -0.05),
+                (radius + 0.05, 0.05),
+                (radius * 0.6, 0.07),
+            )
         ]
         parts.append(loft(np.stack(rings), Material.MATTE, dark))
     if scooter:
@@ -150,11 +193,22 @@ def motorcycle(rng: np.random.Generator, rider: bool) -> Mesh:
         tube((reach, 0, radius), (0.46, 0, 1.02), 0.05, Material.PAINT, (0.35, 0.35, 0.36)),
         tube((0.42, -0.36, 1.04), (0.42, 0.36, 1.04), 0.025, Material.MATTE, dark),
         box((-0.3, 0, 0.84), (0.62, 0.28, 0.1), Material.MATTE, dark),
-        box((0.78 if not scooter else 0.62, 0, 0.92), (0.04, 0.18, 0.16), Material.HEADLIGHT, (0.9, 0.9, 0.85)),
-        box((-0.97 if not scooter else -0.84, 0, 0.72), (0.03, 0.14, 0.08), Material.TAILLIGHT, (0.55, 0.02, 0.02)),
+        box(
+            (0.78 if not scooter else 0.62, 0, 0.92), (0.04, 0.18, 0.16), Material.HEADLIGHT, (0.9, 0.9, 0.85)
+        ),
+        box(
+            (-0.97 if not scooter else -0.84, 0, 0.72),
+            (0.03, 0.14, 0.08),
+            Material.TAILLIGHT,
+            (0.55, 0.02, 0.02),
+        ),
     ]
-    parts += [tube((0.44, s * 0.3, 1.04), (0.4, s * 0.4, 1.22), 0.02, Material.MATTE, dark, 4) for s in (-1, 1)]
-    parts += [ellipsoid((0.4, s * 0.4, 1.24), (0.02, 0.07, 0.05), Material.GLASS, dark, 3, 5) for s in (-1, 1)]
+    parts += [
+        tube((0.44, s * 0.3, 1.04), (0.4, s * 0.4, 1.22), 0.02, Material.MATTE, dark, 4) for s in (-1, 1)
+    ]
+    parts += [
+        ellipsoid((0.4, s * 0.4, 1.24), (0.02, 0.07, 0.05), Material.GLASS, dark, 3, 5) for s in (-1, 1)
+    ]
     if rider:
         parts += _rider(rng, seat=(-0.25, 0.9), grip=(0.38, 1.06, 0.32), foot=(0.08, 0.36), helmet=True)
     return join(parts)
@@ -171,21 +225,27 @@ def _rider(
     shirt, legs, skin = _pick(rng, CLOTHES), _pick(rng, TROUSERS), _pick(rng, SKINS)
     hip = np.array([seat[0], 0, seat[1] + 0.06])
     lean = rng.uniform(0.16, 0.28)
-    neck = hip + (lean, 0, 0.5)
+    neck = hip + np.array((lean, 0, 0.5))
     parts = [tube(hip, neck, (0.16, 0.19), Material.CLOTH, shirt, 8)]
     for side in (-1, 1):
         knee = np.array([(hip[0] + foot[0]) / 2 + 0.28, side * 0.14, (hip[2] + foot[1]) / 2 + 0.12])
         sole = np.array([foot[0] + side * 0.1, side * 0.14, foot[1] - 0.02 + side * 0.05])
-        parts.append(tube(hip + (0, side * 0.1, 0), knee, (0.09, 0.07), Material.CLOTH, legs, 5))
+        parts.append(tube(hip + np.array((0, side * 0.1, 0)), knee, (0.09, 0.07), Material.CLOTH, legs, 5))
         parts.append(tube(knee, sole, (0.065, 0.05), Material.CLOTH, legs, 5))
-        parts.append(box(sole + (0.05, 0, -0.03), (0.25, 0.09, 0.08), Material.MATTE, (0.03, 0.03, 0.03)))
-        elbow = (neck + (grip[0], side * grip[2], grip[1])) / 2 + (0, side * 0.1, -0.1)
-        parts.append(tube(neck + (0, side * 0.18, -0.05), elbow, (0.055, 0.045), Material.CLOTH, shirt, 5))
-        parts.append(tube(elbow, (grip[0], side * grip[2], grip[1]), (0.045, 0.035), Material.CLOTH, shirt, 5))
-    head = neck + (0.06, 0, 0.2)
+        parts.append(
+            box(sole + np.array((0.05, 0, -0.03)), (0.25, 0.09, 0.08), Material.MATTE, (0.03, 0.03, 0.03))
+        )
+        elbow = (neck + np.array((grip[0], side * grip[2], grip[1]))) / 2 + (0, side * 0.1, -0.1)
+        parts.append(
+            tube(neck + np.array((0, side * 0.18, -0.05)), elbow, (0.055, 0.045), Material.CLOTH, shirt, 5)
+        )
+        parts.append(
+            tube(elbow, (grip[0], side * grip[2], grip[1]), (0.045, 0.035), Material.CLOTH, shirt, 5)
+        )
+    head = neck + np.array((0.06, 0, 0.2))
     parts.append(tube(neck, head, 0.055, Material.MATTE, skin))
     parts.append(ellipsoid(head, (0.1, 0.08, 0.115), Material.MATTE, skin, 4, 7))
     cap, material = (draw_paint(rng), Material.PAINT) if helmet else (_pick(rng, HAIRS), Material.MATTE)
     size = (0.135, 0.115, 0.13) if helmet else (0.105, 0.09, 0.11)
-    parts.append(ellipsoid(head + (-0.02, 0, 0.035), size, material, cap, 4, 7))
+    parts.append(ellipsoid(head + np.array((-0.02, 0, 0.035)), size, material, cap, 4, 7))
     return parts

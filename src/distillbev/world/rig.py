@@ -35,13 +35,45 @@ class _CameraPlace:
 
 
 _CAMERAS = (
-    _CameraPlace("CAM_FRONT", (1.701, 0.016, 1.511), (0.4998, -0.5030, 0.4998, -0.4974), 1266.4, (816.3, 491.5), 35_500),
-    _CameraPlace("CAM_FRONT_RIGHT", (1.551, -0.493, 1.496), (0.2060, -0.2027, 0.6825, -0.6714), 1260.8, (808.0, 495.3), 27_600),
-    _CameraPlace("CAM_BACK_RIGHT", (1.015, -0.481, 1.562), (0.1228, -0.1324, -0.7004, 0.6905), 1259.5, (807.3, 501.2), 20_100),
-    _CameraPlace("CAM_BACK", (0.028, 0.003, 1.579), (0.5038, -0.4974, -0.4942, 0.5045), 809.2, (829.2, 481.8), 10_400),
-    _CameraPlace("CAM_BACK_LEFT", (1.036, 0.485, 1.591), (0.6924, -0.7032, -0.1165, 0.1120), 1256.7, (792.1, 492.8), 500),
-    _CameraPlace("CAM_FRONT_LEFT", (1.524, 0.495, 1.509), (0.6757, -0.6736, 0.2121, -0.2112), 1272.6, (826.6, 479.8), 43_100),
-)  # fmt: skip
+    _CameraPlace(
+        "CAM_FRONT", (1.701, 0.016, 1.511), (0.4998, -0.5030, 0.4998, -0.4974), 1266.4, (816.3, 491.5), 35_500
+    ),
+    _CameraPlace(
+        "CAM_FRONT_RIGHT",
+        (1.551, -0.493, 1.496),
+        (0.2060, -0.2027, 0.6825, -0.6714),
+        1260.8,
+        (808.0, 495.3),
+        27_600,
+    ),
+    _CameraPlace(
+        "CAM_BACK_RIGHT",
+        (1.015, -0.481, 1.562),
+        (0.1228, -0.1324, -0.7004, 0.6905),
+        1259.5,
+        (807.3, 501.2),
+        20_100,
+    ),
+    _CameraPlace(
+        "CAM_BACK", (0.028, 0.003, 1.579), (0.5038, -0.4974, -0.4942, 0.5045), 809.2, (829.2, 481.8), 10_400
+    ),
+    _CameraPlace(
+        "CAM_BACK_LEFT",
+        (1.036, 0.485, 1.591),
+        (0.6924, -0.7032, -0.1165, 0.1120),
+        1256.7,
+        (792.1, 492.8),
+        500,
+    ),
+    _CameraPlace(
+        "CAM_FRONT_LEFT",
+        (1.524, 0.495, 1.509),
+        (0.6757, -0.6736, 0.2121, -0.2112),
+        1272.6,
+        (826.6, 479.8),
+        43_100,
+    ),
+)
 LIDAR_TRANSLATION_M = (0.944, 0.0, 1.840)
 LIDAR_QUAT_WXYZ = (0.7078, -0.0065, 0.0106, -0.7063)
 
@@ -75,7 +107,9 @@ def rig(config: WorldConfig) -> tuple[Calibration, ...]:
         focal = place.focal_px * scale
         centre = (place.centre_px[0] * scale, place.centre_px[1] * height / NUSCENES_HEIGHT_PX)
         intrinsic = np.array([[focal, 0, centre[0]], [0, focal, centre[1]], [0, 0, 1]])
-        sensors.append(Calibration(place.channel, place.translation_m, _unit(place.quat_wxyz), intrinsic, place.delay_us))
+        sensors.append(
+            Calibration(place.channel, place.translation_m, _unit(place.quat_wxyz), intrinsic, place.delay_us)
+        )
     return tuple(sensors)
 
 

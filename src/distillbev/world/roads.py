@@ -42,7 +42,10 @@ class Road:
         """(...) coordinates -> (...) s and d."""
         cos, sin = np.cos(self.heading_rad), np.sin(self.heading_rad)
         dx, dy = x - x.dtype.type(self.origin[0]), y - y.dtype.type(self.origin[1])
-        along, left = dx * x.dtype.type(cos) + dy * x.dtype.type(sin), dy * x.dtype.type(cos) - dx * x.dtype.type(sin)
+        along, left = (
+            dx * x.dtype.type(cos) + dy * x.dtype.type(sin),
+            dy * x.dtype.type(cos) - dx * x.dtype.type(sin),
+        )
         if self.curvature == 0:
             return along, left
         radius = x.dtype.type(1 / self.curvature)
@@ -51,7 +54,9 @@ class Road:
         d = radius - np.sign(radius) * np.hypot(along, radius - left)
         return s, d
 
-    def place(self, s: NDArray[np.float64] | float, d: NDArray[np.float64] | float) -> tuple[NDArray, NDArray]:
+    def place(
+        self, s: NDArray[np.float64] | float, d: NDArray[np.float64] | float
+    ) -> tuple[NDArray, NDArray]:
         """s and d (broadcast) -> (..., 2) points and (...) headings of the road there."""
         s, d = np.broadcast_arrays(np.asarray(s, dtype=np.float64), np.asarray(d, dtype=np.float64))
         if self.curvature == 0:
@@ -61,7 +66,9 @@ class Road:
             turn = s * self.curvature
             along, left = (radius - d) * np.sin(turn), radius - (radius - d) * np.cos(turn)
         cos, sin = np.cos(self.heading_rad), np.sin(self.heading_rad)
-        points = np.stack([self.origin[0] + along * cos - left * sin, self.origin[1] + along * sin + left * cos], axis=-1)
+        points = np.stack(
+            [self.origin[0] + along * cos - left * sin, self.origin[1] + along * sin + left * cos], axis=-1
+        )
         return points, turn + self.heading_rad
 
     def kerb_distance(self, s: NDArray, d: NDArray) -> NDArray:
@@ -99,7 +106,13 @@ def draw_roads(rng: np.random.Generator) -> RoadMap:
     """Draws a main road and its side roads; the main road passes the origin."""
     shape = rng.choice(["straight", "curve"], p=[0.6, 0.4])
     curvature = 0.0 if shape == "straight" else float(rng.choice([-1, 1])) / rng.uniform(70, 220)
-    main = Road((0.0, 0.0), rng.uniform(-np.pi, np.pi), curvature, int(rng.choice([1, 2], p=[0.5, 0.5])), bool(rng.random() < 0.75))
+    main = Road(
+        (0.0, 0.0),
+        rng.uniform(-np.pi, np.pi),
+        curvature,
+        int(rng.choice([1, 2], p=[0.5, 0.5])),
+        bool(rng.random() < 0.75),
+    )
     count = int(rng.choice([0, 1, 2], p=[0.2, 0.55, 0.25]))
     places = [float(rng.uniform(8, 38))] if count else []
     if count == 2:
@@ -138,14 +151,17 @@ def ground_mesh(roads: RoadMap, half_extent_m: float) -> Mesh:
     inner = np.arange(per)
     rows = (row[:, None, None] * per + inner[None, :, None]).repeat(per, axis=2).ravel()
     columns = (column[:, None, None] * per + inner[None, None, :]).repeat(per, axis=1).ravel()
-    ids = np.stack([rows, rows, rows + 1, rows + 1], axis=1), np.stack([columns, columns + 1, columns + 1, columns], axis=1)
+    ids = (
+        np.stack([rows, rows, rows + 1, rows + 1], axis=1),
+        np.stack([columns, columns + 1, columns + 1, columns], axis=1),
+    )
     xy = np.stack([axis[ids[1]], axis[ids[0]]], axis=-1)  # (n, 4, 2)
     value = field[ids]
     triangles = np.concatenate([xy[:, [0, 1, 2]], xy[:, [0, 2, 3]]])
     values = np.concatenate([value[:, [0, 1, 2]], value[:, [0, 2, 3]]])
     tops, edges = _cut(triangles, values)
 
-    def raised(points: NDArray[np.float64], z: float) -> NDArray[np.float64]:
+    def raised(points: NDArray[np.floating], z: float) -> NDArray[np.floating]:
         return np.concatenate([points, np.full((*points.shape[:-1], 1), z)], axis=-1)
 
     a, b = edges[:, 0], edges[:, 1]
@@ -162,14 +178,14 @@ def ground_mesh(roads: RoadMap, half_extent_m: float) -> Mesh:
     ])  # fmt: skip
 
 
-def _squares(x: NDArray[np.float64], y: NDArray[np.float64], side: float) -> NDArray[np.float64]:
+def _squares(x: NDArray[np.floating], y: NDArray[np.floating], side: float) -> NDArray[np.floating]:
     """(n,) lower left corners -> (2n, 3, 2) triangles."""
     a, b = np.stack([x, y], axis=-1), np.stack([x + side, y], axis=-1)
     c, d = np.stack([x + side, y + side], axis=-1), np.stack([x, y + side], axis=-1)
     return np.concatenate([np.stack([a, b, c], axis=1), np.stack([a, c, d], axis=1)])
 
 
-def _cut(triangles: NDArray[np.float64], values: NDArray[np.float64]) -> tuple[NDArray, NDArray]:
+def _cut(triangles: NDArray[np.floating], values: NDArray[np.floating]) -> tuple[NDArray, NDArray]:
     """The part of each triangle (n, 3, 2) where the linear field (n, 3) is positive, and the cut edges (m, 2, 2)."""
     positive = values > 0
     count = positive.sum(axis=1)
@@ -181,7 +197,10 @@ def _cut(triangles: NDArray[np.float64], values: NDArray[np.float64]) -> tuple[N
         alone = np.argmax(positive[chosen] if number == 1 else ~positive[chosen], axis=1)
         order = (alone[:, None] + np.arange(3)) % 3
         tri, val = np.take_along_axis(tri, order[..., None], axis=1), np.take_along_axis(val, order, axis=1)
-        p = [tri[:, 0] + (val[:, 0] / (val[:, 0] - val[:, k]))[:, None] * (tri[:, k] - tri[:, 0]) for k in (1, 2)]
+        p = [
+            tri[:, 0] + (val[:, 0] / (val[:, 0] - val[:, k]))[:, None] * (tri[:, k] - tri[:, 0])
+            for k in (1, 2)
+        ]
         edges.append(np.stack(p, axis=1))
         if number == 1:
             parts.append(np.stack([tri[:, 0], p[0], p[1]], axis=1))

@@ -72,7 +72,9 @@ class SceneSimulator:
         )  # fmt: skip
         self.stage = Stage(ground_mesh(self.roads, GROUND_HALF_EXTENT_M), surroundings, self.traffic.actors)
         lamps = LampLight(surroundings.lamps) if air.dark else None
-        self.backdrop = Backdrop(self.roads, GroundLook(self._rng("ground")), surroundings.facades, lamps, air)
+        self.backdrop = Backdrop(
+            self.roads, GroundLook(self._rng("ground")), surroundings.facades, lamps, air
+        )
         self.sensors = rig(config)
         self._sway = self._rng("sway").uniform(0, 2 * np.pi, 4)
 
@@ -90,10 +92,16 @@ class SceneSimulator:
         t = self.time_s(timestamp_us)
         x, y, yaw = self.traffic.ego.at(np.array([t]))[0]
         moving = min(self.traffic.ego.speed_mps / 5, 1.0)
-        pitch = np.radians(0.25) * moving * np.sin(2 * np.pi * 0.9 * t + self._sway[0]) + np.radians(0.15) * np.sin(self._sway[1])
-        roll = np.radians(0.3) * moving * np.sin(2 * np.pi * 0.6 * t + self._sway[2]) + np.radians(0.2) * np.sin(self._sway[3])
+        pitch = np.radians(0.25) * moving * np.sin(2 * np.pi * 0.9 * t + self._sway[0]) + np.radians(
+            0.15
+        ) * np.sin(self._sway[1])
+        roll = np.radians(0.3) * moving * np.sin(2 * np.pi * 0.6 * t + self._sway[2]) + np.radians(
+            0.2
+        ) * np.sin(self._sway[3])
         cp, sp, cr, sr = np.cos(pitch), np.sin(pitch), np.cos(roll), np.sin(roll)
-        tilt = np.array([[cp, 0, sp], [0, 1, 0], [-sp, 0, cp]]) @ np.array([[1, 0, 0], [0, cr, -sr], [0, sr, cr]])
+        tilt = np.array([[cp, 0, sp], [0, 1, 0], [-sp, 0, cp]]) @ np.array(
+            [[1, 0, 0], [0, cr, -sr], [0, sr, cr]]
+        )
         return pose_matrix(np.array([x, y, 0.0]), rotation_about_z(float(yaw)) @ tilt)
 
     # ---- writing ----
@@ -106,13 +114,15 @@ class SceneSimulator:
         sample_tokens = [self._token("sample", k) for k in range(len(key_us))]
         scene_token, log_token = self._token("scene"), self._token("log")
         samples = [
-            {"token": t, "timestamp": us, "scene_token": scene_token} for t, us in zip(sample_tokens, key_us, strict=True)
+            {"token": t, "timestamp": us, "scene_token": scene_token}
+            for t, us in zip(sample_tokens, key_us, strict=True)
         ]
         link(samples)
         rows["sample"] = samples
         rows["scene"] = [{
-            "token": scene_token, "log_token": log_token, "nbr_samples": len(samples), "first_sample_token": sample_tokens[0],
-            "last_sample_token": sample_tokens[-1], "name": self.name, "description": self._description(),
+            "token": scene_token, "log_token": log_token, "nbr_samples": len(samples),
+            "first_sample_token": sample_tokens[0], "last_sample_token": sample_tokens[-1],
+            "name": self.name, "description": self._description(),
         }]  # fmt: skip
         rows["log"] = [{"token": log_token, "logfile": self.log, "vehicle": "sim", "date_captured": "2023-11-14",
                         "location": "simulated-town"}]  # fmt: skip
@@ -141,7 +151,9 @@ class SceneSimulator:
                 if is_key:
                     sweeps.append(sweep)
             else:
-                self._expose(root, file, sensor, ego2world, poses, timestamp_us, seen[frame] if is_key else None)
+                self._expose(
+                    root, file, sensor, ego2world, poses, timestamp_us, seen[frame] if is_key else None
+                )
             data_token = self._token("data", sensor.channel, timestamp_us)
             width, height = (0, 0) if sensor.intrinsic is None else config.image_size_px
             per_sensor[sensor.channel].append({
@@ -175,7 +187,10 @@ class SceneSimulator:
                 at = us - sensor.delay_us
                 shots.append((at, sensor, frame, True))
                 if sensor.intrinsic is None:
-                    shots += [(at - k * SWEEP_PERIOD_US, sensor, frame, False) for k in range(1, self.config.lidar_sweeps + 1)]
+                    shots += [
+                        (at - k * SWEEP_PERIOD_US, sensor, frame, False)
+                        for k in range(1, self.config.lidar_sweeps + 1)
+                    ]
                 elif self.config.camera_hz is not None:
                     shots += [(at - round(k * _CAMERA_PERIOD_US), sensor, frame, False) for k in range(1, 6)]
         return sorted(shots, key=lambda shot: (shot[0], shot[1].channel))
@@ -186,7 +201,9 @@ class SceneSimulator:
 
     def _sweep(self, lidar2world: NDArray[np.float64], timestamp_us: int) -> NDArray[np.float32]:
         directions, rings = lidar_rays(self.config)
-        return take_sweep(self.stage, self.backdrop, lidar2world, directions, rings, self._rng("lidar", timestamp_us))
+        return take_sweep(
+            self.stage, self.backdrop, lidar2world, directions, rings, self._rng("lidar", timestamp_us)
+        )
 
     def _expose(
         self,
@@ -202,7 +219,9 @@ class SceneSimulator:
         rng, size_px = self._rng(camera.channel, timestamp_us), self.config.image_size_px
         cam2world = ego2world @ camera.sensor2ego
         actors = self.traffic.actors
-        boxes = np.array([annotated_box(pose, actor.shape) for pose, actor in zip(poses, actors, strict=True)]).reshape(-1, 7)
+        boxes = np.array(
+            [annotated_box(pose, actor.shape) for pose, actor in zip(poses, actors, strict=True)]
+        ).reshape(-1, 7)
         where = windows(boxes, camera, cam2world, size_px)
         distance = np.hypot(*(poses[:, :2] - ego2world[:2, 3]).T)
         # Those just outside the picture throw shadows into it.
@@ -219,7 +238,9 @@ class SceneSimulator:
             mask = root / "instance_masks" / camera.channel / f"{Path(file).stem}.png"
             mask.parent.mkdir(parents=True, exist_ok=True)
             small = len(actors) < 256
-            Image.fromarray(picture.instance.astype(np.uint8 if small else np.uint16)).save(mask, compress_level=1)
+            Image.fromarray(picture.instance.astype(np.uint8 if small else np.uint16)).save(
+                mask, compress_level=1
+            )
 
     def _ego_row(self, pose_token: str, timestamp_us: int, ego2world: NDArray[np.float64]) -> Row:
         return {
@@ -243,7 +264,10 @@ class SceneSimulator:
             ego2world = self.ego2world(us)
             points = transform_points(ego2world @ lidar.sensor2ego, sweep[:, :3].astype(np.float64))
             poses = self.stage.poses(self.time_s(us))
-            boxes = [annotated_box(pose, actor.shape) for pose, actor in zip(poses, self.traffic.actors, strict=True)]
+            boxes = [
+                annotated_box(pose, actor.shape)
+                for pose, actor in zip(poses, self.traffic.actors, strict=True)
+            ]
             counts = points_in_boxes(points, np.array(boxes).reshape(-1, 7))
             for n, (actor, box) in enumerate(zip(self.traffic.actors, boxes, strict=True), start=1):
                 if np.hypot(*(box[:2] - ego2world[:2, 3])) > self.config.annotation_radius_m:
@@ -262,14 +286,14 @@ class SceneSimulator:
                     "rotation": [float(np.cos(box[6] / 2)), 0.0, 0.0, float(np.sin(box[6] / 2))],
                     "num_lidar_pts": count, "num_radar_pts": 0,
                 })  # fmt: skip
-        for n, annotations in per_actor.items():
-            link(annotations)
-            rows["sample_annotation"] += annotations
+        for n, of_actor in per_actor.items():
+            link(of_actor)
+            rows["sample_annotation"] += of_actor
             rows["instance"].append({
                 "token": self._token("instance", n),
                 "category_token": category_token(self.traffic.actors[n - 1].shape.category),
-                "nbr_annotations": len(annotations), "first_annotation_token": annotations[0]["token"],
-                "last_annotation_token": annotations[-1]["token"],
+                "nbr_annotations": len(of_actor), "first_annotation_token": of_actor[0]["token"],
+                "last_annotation_token": of_actor[-1]["token"],
             })  # fmt: skip
         rows["sample_annotation"] = _plain(rows["sample_annotation"])
 
@@ -280,7 +304,7 @@ class SceneSimulator:
         x, y = np.meshgrid(axis.astype(np.float32), axis[::-1].astype(np.float32))
         road = self.roads.kerb_distance(x, y) < 0
         enlarged = round(MAP_SIDE_M / MAP_PIXEL_M)
-        image = Image.fromarray((road * np.uint8(255))).resize((enlarged, enlarged), Image.Resampling.NEAREST)
+        image = Image.fromarray(road * np.uint8(255)).resize((enlarged, enlarged), Image.Resampling.NEAREST)
         file = f"maps/{self.name}.png"
         (root / file).parent.mkdir(parents=True, exist_ok=True)
         image.save(root / file, compress_level=1)

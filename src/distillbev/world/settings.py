@@ -23,7 +23,9 @@ class SplitConfig(Config, frozen=True):
 
     def __post_init__(self) -> None:
         if not self.name or self.scenes < 1:
-            raise ConfigError(f"split {self.name!r} has {self.scenes} scenes; give a name and at least one scene")
+            raise ConfigError(
+                f"split {self.name!r} has {self.scenes} scenes; give a name and at least one scene"
+            )
 
 
 class WorldConfig(Config, frozen=True):
@@ -50,7 +52,10 @@ class WorldConfig(Config, frozen=True):
 
     seed: int = 0
     version: str = "v1.0-sim"
-    splits: tuple[SplitConfig, ...] = (SplitConfig(name="train", scenes=16), SplitConfig(name="val", scenes=4))
+    splits: tuple[SplitConfig, ...] = (
+        SplitConfig(name="train", scenes=16),
+        SplitConfig(name="val", scenes=4),
+    )
     key_frames_per_scene: int = 8
     image_size_px: tuple[int, int] = (352, 198)
     camera_hz: int | None = None
@@ -70,6 +75,8 @@ class WorldConfig(Config, frozen=True):
             raise ConfigError(f"splits are named {names}; expected at least one, each name once")
         if not self.version or "/" in self.version:
             raise ConfigError(f"version={self.version!r} names a folder; expected something like v1.0-sim")
+        if self.seed < 0:
+            raise ConfigError(f"seed={self.seed}; expected 0 or more")
         for name, low, high in (
             ("key_frames_per_scene", 1, 400),
             ("lidar_sweeps", 0, 9),

@@ -8,13 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .casting import Hits, Stage
-from .meshes import Material
+from .meshes import Floats, Material
 from .roads import RoadMap
 from .surroundings import Facades
 from .textures import GroundLook, facade_albedo, grain, ground_albedo, noise, sky_radiance
 from .weather import Air
 
-F32 = NDArray[np.float32]
 HEADLIGHTS_EGO_M = np.array([[3.0, 0.6, 0.65], [3.0, -0.6, 0.65]])
 _LIGHT_COLOUR = {
     Material.HEADLIGHT: np.array([1.0, 0.93, 0.78], np.float32),
@@ -34,7 +33,7 @@ class LampLight:
             square = (x - lamp_x) ** 2 + (y - lamp_y) ** 2 + height * height
             self.grid += 26.0 * height / square**1.5
 
-    def at(self, x: F32, y: F32) -> F32:
+    def at(self, x: Floats, y: Floats) -> Floats:
         last = len(self.grid) - 1
         i = np.clip((y + self.half_extent_m).astype(np.int32), 0, last)
         j = np.clip((x + self.half_extent_m).astype(np.int32), 0, last)
@@ -56,11 +55,11 @@ def radiance(
     stage: Stage,
     scene: Backdrop,
     origin: NDArray[np.float64],
-    directions: F32,
+    directions: Floats,
     hits: Hits,
     pixel_rad: float,
     ego2world: NDArray[np.float64],
-) -> F32:
+) -> Floats:
     """Light along rays from one point.
 
     Args:
@@ -85,7 +84,9 @@ def radiance(
     )
     hit = np.flatnonzero(seen)
     if len(hit):
-        out[hit] = _surface_radiance(stage, scene, origin, directions[hit], _take(hits, hit), pixel_rad, ego2world)
+        out[hit] = _surface_radiance(
+            stage, scene, origin, directions[hit], _take(hits, hit), pixel_rad, ego2world
+        )
     return out
 
 
@@ -97,11 +98,11 @@ def _surface_radiance(
     stage: Stage,
     scene: Backdrop,
     origin: NDArray[np.float64],
-    view: F32,
+    view: Floats,
     hits: Hits,
     pixel_rad: float,
     ego2world: NDArray[np.float64],
-) -> F32:
+) -> Floats:
     air = scene.air
     range_m, normal = hits.range_m, hits.normal
     point = origin.astype(np.float32) + view * range_m[:, None]
@@ -136,14 +137,24 @@ def _surface_radiance(
     if len(i):
         slant = np.maximum(np.abs(np.einsum("ij,ij->i", view[i], normal[i])), 0.15)
         colour, glass, lit = facade_albedo(
-            scene.facades, stage.style[hits.primitive[i]], albedo[i], point[i], normal[i], footprint[i] / slant, air.dark
+            scene.facades,
+            stage.style[hits.primitive[i]],
+            albedo[i],
+            point[i],
+            normal[i],
+            footprint[i] / slant,
+            air.dark,
         )
         albedo[i] = np.where(normal[i, 2:3] > 0.7, 0.2, colour)
         mirror[i], mirror_most[i] = 0.16 * glass, 0.7 * glass
-        glow[i] += lit[:, None] * np.array([0.55, 0.40, 0.2], np.float32) * (0.35 if air.sun.max() > 0.5 else 0.8)
+        glow[i] += (
+            lit[:, None] * np.array([0.55, 0.40, 0.2], np.float32) * (0.35 if air.sun.max() > 0.5 else 0.8)
+        )
     i = np.flatnonzero(material == Material.FOLIAGE)
     if len(i):
-        albedo[i] *= (1 + 0.25 * grain(point[i, 0] + point[i, 2], point[i, 1] - point[i, 2], 9.0))[:, None].clip(0.3, 2)
+        albedo[i] *= (1 + 0.25 * grain(point[i, 0] + point[i, 2], point[i, 1] - point[i, 2], 9.0))[
+            :, None
+        ].clip(0.3, 2)
         leaf = normal[i] * 0.5
         leaf[:, 2] += 0.6
         normal[i] = leaf / np.linalg.norm(leaf, axis=1, keepdims=True)
@@ -181,7 +192,9 @@ def _surface_radiance(
     if scene.lamps is not None:
         lamp = scene.lamps.at(point[:, 0], point[:, 1]) * (0.45 + 0.55 * np.maximum(normal[:, 2], 0))
         light += lamp[:, None] * np.array([1.0, 0.78, 0.5], np.float32)
-        light += _headlights(point, normal, material, ego2world)[:, None] * np.array([1.0, 0.95, 0.85], np.float32)
+        light += _headlights(point, normal, material, ego2world)[:, None] * np.array(
+            [1.0, 0.95, 0.85], np.float32
+        )
 
     result = albedo
     result *= light
@@ -206,7 +219,9 @@ def _surface_radiance(
     return result
 
 
-def _headlights(point: F32, normal: F32, material: NDArray[np.uint8], ego2world: NDArray[np.float64]) -> F32:
+def _headlights(
+    point: Floats, normal: Floats, material: NDArray[np.uint8], ego2world: NDArray[np.float64]
+) -> Floats:
     """(n,) light of the own dipped beams; reflectors send it straight back."""
     forward, left, up = (ego2world[:3, k].astype(np.float32) for k in range(3))
     total = np.zeros(len(point), np.float32)

@@ -55,9 +55,16 @@ def _claim(config: WorldConfig, out: Path) -> None:
         except ConfigError as error:
             raise DataError(f"{error}; choose another folder, or delete {out}") from None
         if found != config:
-            fields = [name for name in config.__struct_fields__ if getattr(found, name) != getattr(config, name)]
-            differences = ", ".join(f"{name} {getattr(found, name)!r} there, {getattr(config, name)!r} asked for" for name in fields)
-            raise DataError(f"{out} holds another world ({differences}); choose another folder, or delete that one")
+            fields = [
+                name for name in config.__struct_fields__ if getattr(found, name) != getattr(config, name)
+            ]
+            differences = ", ".join(
+                f"{name} {getattr(found, name)!r} there, {getattr(config, name)!r} asked for"
+                for name in fields
+            )
+            raise DataError(
+                f"{out} holds another world ({differences}); choose another folder, or delete that one"
+            )
         return
     if any(out.iterdir()):
         raise DataError(f"{out} holds files that no simulation wrote; choose an empty or new folder")
@@ -77,7 +84,13 @@ def _simulate_scenes(config: WorldConfig, out: Path, processes: int, progress: b
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     pending = [number for number in range(config.num_scenes) if not _shard(out, number).exists()]
-    columns = (TextColumn("simulating"), BarColumn(), MofNCompleteColumn(), TextColumn("scenes, time left"), TimeRemainingColumn())
+    columns = (
+        TextColumn("simulating"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("scenes, time left"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, disable=not progress) as bar:
         task = bar.add_task("", total=config.num_scenes, completed=config.num_scenes - len(pending))
         if processes == 1 or len(pending) <= 1:
@@ -109,8 +122,8 @@ def _simulate_scenes(config: WorldConfig, out: Path, processes: int, progress: b
     missing = [number for number in pending if not _shard(out, number).exists()]
     if missing:
         raise RunError(
-            f"{len(missing)} of {config.num_scenes} scenes were not simulated (a worker process ended early; its message "
-            "stands above); run the same command again to go on"
+            f"{len(missing)} of {config.num_scenes} scenes were not simulated (a worker process ended early; "
+            "its message stands above); run the same command again to go on"
         )
 
 

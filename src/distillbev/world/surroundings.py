@@ -82,7 +82,9 @@ class _Site:
             return False
         if self.footprints:
             others = np.array(self.footprints)
-            if footprints_touch(np.array([[x, y, yaw]]), np.array([half]), others[:, :3], others[:, 3:]).any():
+            if footprints_touch(
+                np.array([[x, y, yaw]]), np.array([half]), others[:, :3], others[:, 3:]
+            ).any():
                 return False
         self.footprints.append((x, y, yaw, *half))
         return True
@@ -96,7 +98,10 @@ def _tree(rng: np.random.Generator) -> Mesh:
     parts = [tube((0, 0, -0.1), (0, 0, stem + 1.0), (0.17, 0.1), Material.MATTE, bark, 7)]
     hue = rng.uniform(0.8, 1.25)
     green = np.array([0.075 * hue, 0.13, 0.03]) * rng.uniform(0.75, 1.2)
-    middle, crown = np.array([0, 0, (stem + height) / 2 + 0.3]), np.array([spread, spread, (height - stem) / 2])
+    middle, crown = (
+        np.array([0, 0, (stem + height) / 2 + 0.3]),
+        np.array([spread, spread, (height - stem) / 2]),
+    )
     lumps = [(middle, crown * 0.72)]
     for _ in range(6):
         direction = rng.normal(size=3)
@@ -113,7 +118,9 @@ def _tree(rng: np.random.Generator) -> Mesh:
         corners = at[:, None] + rng.normal(scale=0.3, size=(leaves, 3, 3))
         # Higher and outer leaves are brighter: the light comes from above.
         shade = (0.75 + 0.45 * normal[:, 2:3]) * rng.uniform(0.7, 1.3, (leaves, 1))
-        parts.append(surface(corners, Material.FOLIAGE, (green * np.clip(shade, 0.35, 1.6)).astype(np.float32)))
+        parts.append(
+            surface(corners, Material.FOLIAGE, (green * np.clip(shade, 0.35, 1.6)).astype(np.float32))
+        )
     return join(parts)
 
 
@@ -127,8 +134,15 @@ def _hedge(length: float, rng: np.random.Generator) -> Mesh:
     side = rng.integers(0, 3, count)
     at[side == 0, 1] = np.sign(at[side == 0, 1]) * 0.42
     at[side == 1, 2] = height / 2
-    corners = (at + (0, 0, height / 2))[:, None] + rng.normal(scale=0.11, size=(count, 3, 3))
-    return join([body, surface(corners, Material.FOLIAGE, (green * rng.uniform(0.6, 1.5, (count, 1))).astype(np.float32))])
+    corners = (at + np.array((0, 0, height / 2)))[:, None] + rng.normal(scale=0.11, size=(count, 3, 3))
+    return join(
+        [
+            body,
+            surface(
+                corners, Material.FOLIAGE, (green * rng.uniform(0.6, 1.5, (count, 1))).astype(np.float32)
+            ),
+        ]
+    )
 
 
 def _lamp() -> Mesh:
@@ -144,7 +158,10 @@ def _signal(rng: np.random.Generator) -> Mesh:
     """A traffic signal whose heads face -x."""
     lit = int(rng.integers(3))
     colours: list[Colour] = [(0.9, 0.05, 0.03), (0.9, 0.5, 0.03), (0.05, 0.8, 0.3)]
-    parts = [tube((0, 0, 0), (0, 0, 5.4), (0.09, 0.07), Material.MATTE, STEEL), tube((0, 0, 5.3), (0, 3.2, 5.5), 0.06, Material.MATTE, STEEL)]
+    parts = [
+        tube((0, 0, 0), (0, 0, 5.4), (0.09, 0.07), Material.MATTE, STEEL),
+        tube((0, 0, 5.3), (0, 3.2, 5.5), 0.06, Material.MATTE, STEEL),
+    ]
     for y, z in ((0.0, 2.6), (3.2, 5.0)):
         parts.append(box((-0.15, y, z + 0.45), (0.22, 0.36, 1.0), Material.MATTE, (0.02, 0.02, 0.02)))
         for k in range(3):
@@ -159,7 +176,7 @@ def _sign(rng: np.random.Generator) -> Mesh:
     parts = [tube((0, 0, 0), (0, 0, 2.6), 0.035, Material.MATTE, (0.4, 0.4, 0.4), 5)]
     if kind == 0:  # no entry
         disc = circle(12, 0.5) * 0.33
-        ring = [np.column_stack([np.full(12, x), disc + (0, 2.35)]) for x in (-0.05, -0.03)]
+        ring = [np.column_stack([np.full(12, x), disc + np.array((0, 2.35))]) for x in (-0.05, -0.03)]
         parts.append(loft(np.stack(ring), Material.RETROREFLECTOR, (0.6, 0.03, 0.03)))
         parts.append(box((-0.06, 0, 2.35), (0.02, 0.46, 0.12), Material.RETROREFLECTOR, (0.8, 0.8, 0.8)))
     elif kind == 1:  # direction
@@ -174,7 +191,9 @@ def _bench() -> Mesh:
     wood: Colour = (0.26, 0.15, 0.07)
     slats = [box((x, 0, 0.45), (0.12, 1.6, 0.04), Material.MATTE, wood) for x in (-0.17, 0.0, 0.17)]
     legs = [box((0, y, 0.22), (0.45, 0.06, 0.44), Material.MATTE, STEEL) for y in (-0.7, 0.7)]
-    backs = [box((-0.27 - 0.03 * k, 0, 0.62 + 0.15 * k), (0.04, 1.6, 0.1), Material.MATTE, wood) for k in range(2)]
+    backs = [
+        box((-0.27 - 0.03 * k, 0, 0.62 + 0.15 * k), (0.04, 1.6, 0.1), Material.MATTE, wood) for k in range(2)
+    ]
     return join(slats + legs + backs)
 
 
@@ -182,7 +201,12 @@ def _bin(rng: np.random.Generator) -> Mesh:
     colour: Colour = ((0.03, 0.12, 0.06), (0.05, 0.05, 0.06), (0.03, 0.08, 0.2))[int(rng.integers(3))]
     if rng.random() < 0.5:
         return column([(0, 0.26, 0.26), (0.85, 0.3, 0.3), (0.95, 0.2, 0.2)], Material.MATTE, colour)
-    return join([box((0, 0, 0.5), (0.7, 0.58, 0.95), Material.MATTE, colour, top=1.1), box((0, 0, 1.02), (0.78, 0.64, 0.08), Material.MATTE, colour)])
+    return join(
+        [
+            box((0, 0, 0.5), (0.7, 0.58, 0.95), Material.MATTE, colour, top=1.1),
+            box((0, 0, 1.02), (0.78, 0.64, 0.08), Material.MATTE, colour),
+        ]
+    )
 
 
 def _cabinet(rng: np.random.Generator) -> Mesh:
@@ -192,22 +216,35 @@ def _cabinet(rng: np.random.Generator) -> Mesh:
 
 def _shelter() -> Mesh:
     """A bus stop, open towards +x."""
-    parts = [tube((x, y, 0), (x, y, 2.4), 0.05, Material.MATTE, STEEL, 5) for x in (-0.6, 0.6) for y in (-1.9, 1.9)]
+    parts = [
+        tube((x, y, 0), (x, y, 2.4), 0.05, Material.MATTE, STEEL, 5) for x in (-0.6, 0.6) for y in (-1.9, 1.9)
+    ]
     parts.append(box((0, 0, 2.45), (1.6, 4.2, 0.1), Material.MATTE, (0.2, 0.22, 0.24)))
     parts.append(box((-0.62, 0, 1.25), (0.02, 3.7, 1.9), Material.GLASS, (0.08, 0.1, 0.1)))
     parts.append(box((0, -1.92, 1.2), (1.1, 0.1, 1.9), Material.MATTE, (0.5, 0.35, 0.3)))
     return join(parts)
 
 
-def _building(length: float, depth: float, height: float, colour: Colour, rng: np.random.Generator) -> list[tuple[Mesh, bool]]:
+def _building(
+    length: float, depth: float, height: float, colour: Colour, rng: np.random.Generator
+) -> list[tuple[Mesh, bool]]:
     """Parts of a building standing at the origin; True marks walls that carry windows."""
     roof: Colour = (0.22, 0.21, 0.2)
     parts = [(box((0, 0, height / 2), (length, depth, height), Material.FACADE, colour), True)]
     parts.append((box((0, 0, height + 0.25), (length + 0.3, depth + 0.3, 0.5), Material.MATTE, roof), False))
     if height > 14 and rng.random() < 0.5:  # a set-back tower above a base
         top = rng.uniform(0.3, 0.8) * height
-        parts.append((box((0, 0, height + top / 2 + 0.5), (length * 0.6, depth * 0.7, top), Material.FACADE, colour), True))
-        parts.append((box((0, 0, height + top + 0.7), (length * 0.62, depth * 0.72, 0.4), Material.MATTE, roof), False))
+        parts.append(
+            (
+                box(
+                    (0, 0, height + top / 2 + 0.5), (length * 0.6, depth * 0.7, top), Material.FACADE, colour
+                ),
+                True,
+            )
+        )
+        parts.append(
+            (box((0, 0, height + top + 0.7), (length * 0.62, depth * 0.72, 0.4), Material.MATTE, roof), False)
+        )
     elif rng.random() < 0.6:
         where = (rng.uniform(-0.3, 0.3) * length, rng.uniform(-0.2, 0.2) * depth, height + 1.3)
         parts.append((box(where, (3.0, 2.5, 2.0), Material.MATTE, (0.4, 0.4, 0.4)), False))
@@ -216,7 +253,12 @@ def _building(length: float, depth: float, height: float, colour: Colour, rng: n
         x, y = length / 2 + 0.3, depth / 2 + 0.3
         tiles: Colour = ((0.28, 0.11, 0.07), (0.13, 0.12, 0.12))[int(rng.integers(2))]
         for side in (-1, 1):
-            corners = [(-x, side * y, height + 0.5), (x, side * y, height + 0.5), (x, 0, ridge), (-x, 0, ridge)]
+            corners = [
+                (-x, side * y, height + 0.5),
+                (x, side * y, height + 0.5),
+                (x, 0, ridge),
+                (-x, 0, ridge),
+            ]
             parts.append((panel(corners, Material.MATTE, tiles), False))
         for end in (-x + 0.3, x - 0.3):
             gable = np.array([[(end, -y, height + 0.4), (end, y, height + 0.4), (end, 0, ridge)]])
@@ -241,7 +283,11 @@ def draw_surroundings(roads: RoadMap, rng: np.random.Generator) -> Surroundings:
             _furnish(site, road, side, trees, rng, signals=number == 0)
     obstacles = np.array(site.footprints) if site.footprints else np.zeros((0, 5))
     return Surroundings(
-        join(site.parts), np.concatenate(site.styles), draw_facades(rng), obstacles, np.array(site.lamps).reshape(-1, 3)
+        join(site.parts),
+        np.concatenate(site.styles),
+        draw_facades(rng),
+        obstacles,
+        np.array(site.lamps).reshape(-1, 3),
     )
 
 
@@ -250,7 +296,9 @@ def _line_with_buildings(site: _Site, road: Road, side: int, rng: np.random.Gene
     s = -130.0 if road.start_m is None else 5.0
     while s < 130.0:
         length, depth = rng.uniform(11, 30), rng.uniform(10, 18)
-        height = float(rng.choice([rng.uniform(6, 11), rng.uniform(11, 24), rng.uniform(24, 55)], p=[0.4, 0.42, 0.18]))
+        height = float(
+            rng.choice([rng.uniform(6, 11), rng.uniform(11, 24), rng.uniform(24, 55)], p=[0.4, 0.42, 0.18])
+        )
         distance = setback + rng.uniform(0, 2)
         point, heading = road.place(s + length / 2, side * (road.half_width_m + distance + depth / 2))
         # The street side of a building is its -y side.
@@ -281,7 +329,9 @@ def _backdrop(site: _Site, rng: np.random.Generator) -> None:
             site.add(mesh.moved((x, y, 0), float(angle)), int(rng.integers(NUM_FACADES)))
 
 
-def _furnish(site: _Site, road: Road, side: int, trees: list[Mesh], rng: np.random.Generator, signals: bool) -> None:
+def _furnish(
+    site: _Site, road: Road, side: int, trees: list[Mesh], rng: np.random.Generator, signals: bool
+) -> None:
     """Trees, lamps, signs, benches, bins and hedges along one side of a road."""
 
     def stand(mesh: Mesh, s: float, kerb_m: float, half: tuple[float, float], turn: float = 0.0) -> bool:
@@ -324,7 +374,9 @@ def _furnish(site: _Site, road: Road, side: int, trees: list[Mesh], rng: np.rand
         elif draw < 0.26:
             stand(_sign(rng), where, 0.7, (0.1, 0.55), side * np.pi / 2)
         elif draw < 0.29:
-            stand(tube((0, 0, 0), (0, 0, 1.0), 0.07, Material.MATTE, (0.3, 0.28, 0.1)), where, 0.4, (0.1, 0.1))
+            stand(
+                tube((0, 0, 0), (0, 0, 1.0), 0.07, Material.MATTE, (0.3, 0.28, 0.1)), where, 0.4, (0.1, 0.1)
+            )
         elif draw < 0.31 and signals:
             stand(_shelter(), where, 2.6, (0.9, 2.2))
     if signals:
@@ -332,5 +384,3 @@ def _furnish(site: _Site, road: Road, side: int, trees: list[Mesh], rng: np.rand
             # Traffic on the right: the signal stands before the junction, on the right of those who come.
             s = place + side * (crossing.half_width_m + 7.0)
             stand(_signal(rng), s, 0.7, (0.2, 0.2), side * np.pi / 2)
-
-

@@ -46,10 +46,18 @@ def constant_tables(channels: tuple[str, ...]) -> dict[str, list[Row]]:
     """Category, attribute, visibility and sensor."""
     return {
         "category": [{"token": category_token(name), "name": name, "description": ""} for name in CATEGORIES],
-        "attribute": [{"token": attribute_token(name), "name": name, "description": ""} for name in ATTRIBUTES],
-        "visibility": [{"token": number, "level": level, "description": ""} for number, level in VISIBILITIES],
+        "attribute": [
+            {"token": attribute_token(name), "name": name, "description": ""} for name in ATTRIBUTES
+        ],
+        "visibility": [
+            {"token": number, "level": level, "description": ""} for number, level in VISIBILITIES
+        ],
         "sensor": [
-            {"token": sensor_token(name), "channel": name, "modality": "lidar" if "LIDAR" in name else "camera"}
+            {
+                "token": sensor_token(name),
+                "channel": name,
+                "modality": "lidar" if "LIDAR" in name else "camera",
+            }
             for name in channels
         ],
     }

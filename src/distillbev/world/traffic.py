@@ -54,7 +54,9 @@ class Catalogue:
         if label in ("car", "motorcycle", "bicycle") and painted.any():
             colours, counts = np.unique(mesh.colour[painted], axis=0, return_counts=True)
             main = painted & (mesh.colour == colours[counts.argmax()]).all(axis=1)
-            mesh = replace(mesh, colour=np.where(main[:, None], np.float32(draw_paint(rng)), mesh.colour))
+            mesh = replace(
+                mesh, colour=np.where(main[:, None], np.array(draw_paint(rng), dtype=np.float32), mesh.colour)
+            )
         length, width, height = (float(a * b) for a, b in zip(shape.size_lwh_m, factors, strict=True))
         scale = (float(factors[0]), float(factors[1]), float(factors[2]))
         return replace(shape, mesh=mesh, size_lwh_m=(length, width, height), key=key, scale=scale)
@@ -63,7 +65,9 @@ class Catalogue:
 class _Registry:
     """Accepts actors that stay clear of all others, of the ego vehicle and of obstacles, at all times."""
 
-    def __init__(self, times_s: NDArray[np.float64], obstacles: NDArray[np.float64], classes: tuple[str, ...]) -> None:
+    def __init__(
+        self, times_s: NDArray[np.float64], obstacles: NDArray[np.float64], classes: tuple[str, ...]
+    ) -> None:
         self.times_s = times_s
         self.classes = classes
         self.actors: list[Actor] = []
@@ -93,7 +97,10 @@ class _Registry:
             spots = self.obstacles
             distance = np.linalg.norm(spots[:, None, :2] - poses[:, :2], axis=-1).min(axis=1)
             near = distance < np.hypot(*wide) + np.hypot(spots[:, 3], spots[:, 4])
-            if near.any() and footprints_touch(poses, wide, spots[near, None, :3], spots[near, None, 3:]).any():
+            if (
+                near.any()
+                and footprints_touch(poses, wide, spots[near, None, :3], spots[near, None, 3:]).any()
+            ):
                 return False
         self.occupy(poses, (float(half[0]), float(half[1])))
         self.actors.append(actor)
@@ -144,7 +151,9 @@ def draw_traffic(
 class _Town:
     """Lanes and pavements as paths."""
 
-    def __init__(self, roads: RoadMap, extent_m: float, times_s: NDArray[np.float64], rng: np.random.Generator) -> None:
+    def __init__(
+        self, roads: RoadMap, extent_m: float, times_s: NDArray[np.float64], rng: np.random.Generator
+    ) -> None:
         self.roads = roads
         self.extent_m = extent_m
         self.times_s = times_s
@@ -199,7 +208,9 @@ class _Town:
 class _Cast:
     """Fills a town with actors of each kind."""
 
-    def __init__(self, town: _Town, registry: _Registry, catalogue: Catalogue, rng: np.random.Generator) -> None:
+    def __init__(
+        self, town: _Town, registry: _Registry, catalogue: Catalogue, rng: np.random.Generator
+    ) -> None:
         self.town, self.registry, self.catalogue, self.rng = town, registry, catalogue, rng
         # Numbers below are for 60 m each way; with the extent they grow, so that the street is as full.
         self.density = town.extent_m / 60.0
@@ -212,14 +223,18 @@ class _Cast:
     def _inside(self, x: float, y: float) -> bool:
         return bool(np.hypot(x - self.town.centre[0], y - self.town.centre[1]) < self.town.extent_m)
 
-    def _stand(self, shape: Shape, spot: tuple[float, float, float], attribute: str, gap_m: float = GAP_M) -> bool:
+    def _stand(
+        self, shape: Shape, spot: tuple[float, float, float], attribute: str, gap_m: float = GAP_M
+    ) -> bool:
         x, y, yaw = spot
         if not self._inside(x, y):
             return False
         ground = KERB_M if self.town.roads.distance_at(x, y) > 0 else 0.0
         return self.registry.offer(Actor(shape, Motion(None, rest=(x, y, yaw)), ground, attribute), gap_m)
 
-    def _drive(self, shape: Shape, path: Path, start: float, speed: float, attribute: str, ground: float = 0.0) -> bool:
+    def _drive(
+        self, shape: Shape, path: Path, start: float, speed: float, attribute: str, ground: float = 0.0
+    ) -> bool:
         poses = path.at([start, start + speed * self.town.times_s[-1]])
         if start < 8 or start + speed * self.town.times_s[-1] > path.length[-1] - 8:
             return False
@@ -266,7 +281,9 @@ class _Cast:
             if path is not None and rng.random() < 0.6:
                 point, _ = town.roads.roads[0].place(town.roads.junctions_s_m[which], 0.0)
                 start = path.nearest(point) - rng.uniform(0, 16)
-                self._drive(self.catalogue.draw("car", "", rng), path, start, rng.uniform(3, 5.5), "vehicle.moving")
+                self._drive(
+                    self.catalogue.draw("car", "", rng), path, start, rng.uniform(3, 5.5), "vehicle.moving"
+                )
 
     def _one_vehicle(self, label: str, lane: Path, place: float, speed: float, attribute: str) -> float:
         """Puts a vehicle (a trailer behind its tractor) with its rear at `place`; the length it takes."""
@@ -286,7 +303,10 @@ class _Cast:
     def parked_vehicles(self) -> None:
         """Along the kerb where the road has room for it; now and then on the verge behind the pavement."""
         rng = self.rng
-        labels, weights = ["car", "truck", "motorcycle", "trailer", "bus"], np.array([0.78, 0.09, 0.05, 0.05, 0.03])
+        labels, weights = (
+            ["car", "truck", "motorcycle", "trailer", "bus"],
+            np.array([0.78, 0.09, 0.05, 0.05, 0.03]),
+        )
         for road in self.town.roads.roads:
             if not road.parking:
                 continue
@@ -298,7 +318,9 @@ class _Cast:
                     shape = self.catalogue.draw(label, "", rng)
                     length, width, _ = shape.size_lwh_m
                     if rng.random() < occupied and self._clear_of_junctions(road, s + length / 2, 9.0):
-                        d = side * (road.half_width_m - max(PARKING_M / 2, width / 2 + 0.15) + rng.uniform(-0.1, 0.1))
+                        d = side * (
+                            road.half_width_m - max(PARKING_M / 2, width / 2 + 0.15) + rng.uniform(-0.1, 0.1)
+                        )
                         turn = (0 if side < 0 else np.pi) + rng.normal(0, 0.015)
                         attribute = "cycle.without_rider" if label == "motorcycle" else "vehicle.parked"
                         self._stand(shape, self._spot(road, s + length / 2, d, turn), attribute)
@@ -337,16 +359,22 @@ class _Cast:
         s, end = start + 2.0, start + length
         barriers = self.catalogue.draw("barrier", "", rng)
         while s < end:
-            self._stand(barriers, self._spot(road, s, side * inner, side * np.pi / 2 + rng.normal(0, 0.03)), "", 0.04)
+            self._stand(
+                barriers, self._spot(road, s, side * inner, side * np.pi / 2 + rng.normal(0, 0.03)), "", 0.04
+            )
             s += barriers.size_lwh_m[1] + rng.uniform(0.1, 0.35)
         cone = self.catalogue.draw("traffic_cone", "", rng)
         for k in range(int(rng.integers(5, 9))):
             ahead, d = start + length + 1.5 + 1.9 * k, inner + (outer - inner) * k / 8
             behind = start - 0.5 - 1.9 * k
-            self._stand(cone, self._spot(road, ahead if side > 0 else behind, side * d, rng.uniform(-3, 3)), "")
+            self._stand(
+                cone, self._spot(road, ahead if side > 0 else behind, side * d, rng.uniform(-3, 3)), ""
+            )
         for _ in range(int(rng.integers(2, 5))):
             worker = self.catalogue.draw("pedestrian", "standing worker", rng)
-            spot = self._spot(road, rng.uniform(start + 1, end), side * rng.uniform(inner + 0.7, outer), rng.uniform(-3, 3))
+            spot = self._spot(
+                road, rng.uniform(start + 1, end), side * rng.uniform(inner + 0.7, outer), rng.uniform(-3, 3)
+            )
             self._stand(worker, spot, "pedestrian.standing")
 
     def barriers_on_kerbs(self) -> None:
@@ -398,8 +426,12 @@ class _Cast:
                 for _ in range(int(rng.poisson(3.0 * self.density))):
                     label = "bicycle" if rng.random() < 0.7 else "motorcycle"
                     speed = rng.uniform(2.5, 6.0)
-                    start = middle + rng.uniform(-1, 1) * self.town.extent_m - speed * self.town.times_s[-1] / 2
-                    self._drive(self.catalogue.draw(label, "rider", rng), path, start, speed, "cycle.with_rider")
+                    start = (
+                        middle + rng.uniform(-1, 1) * self.town.extent_m - speed * self.town.times_s[-1] / 2
+                    )
+                    self._drive(
+                        self.catalogue.draw(label, "rider", rng), path, start, speed, "cycle.with_rider"
+                    )
 
     def pedestrians(self) -> None:
         """Walking along pavements, standing in groups, sitting, crossing at junctions and between."""

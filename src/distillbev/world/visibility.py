@@ -57,7 +57,11 @@ class Silhouettes:
         self._alone: dict[tuple[str, str, int], EmbreeScene] = {}
 
     def meets(
-        self, shape: Shape, pose: NDArray[np.float64], origin: NDArray[np.float64], directions: NDArray[np.float32]
+        self,
+        shape: Shape,
+        pose: NDArray[np.float64],
+        origin: NDArray[np.float64],
+        directions: NDArray[np.float32],
     ) -> NDArray[np.bool_]:
         """(n,) which rays from an origin (3,) meet a shape posed at (4,) x, y, z, yaw."""
         cos, sin = np.cos(pose[3]), np.sin(pose[3])
@@ -66,7 +70,9 @@ class Silhouettes:
             self._alone[shape.key] = build(self.catalogue.original(shape).mesh.triangles)
         local = np.ascontiguousarray(directions @ world2shape.T.astype(np.float32))
         start = (world2shape @ (origin - pose[:3])).astype(np.float32)
-        return self._alone[shape.key].run(np.ascontiguousarray(np.broadcast_to(start, local.shape)), local) >= 0
+        return (
+            self._alone[shape.key].run(np.ascontiguousarray(np.broadcast_to(start, local.shape)), local) >= 0
+        )
 
 
 def visible_pixels(
@@ -98,11 +104,14 @@ def visible_pixels(
     rows = where.low[index, 1:] + extent[:, 1:] * v
     rays = (rays_through(camera.intrinsic, columns.ravel(), rows.ravel()) @ turn).reshape(len(numbers), -1, 3)
     own = [
-        rays[k][silhouettes.meets(shapes[number], poses[number - 1], origin, rays[k])] for k, number in enumerate(numbers)
+        rays[k][silhouettes.meets(shapes[number], poses[number - 1], origin, rays[k])]
+        for k, number in enumerate(numbers)
     ]
     directions = np.concatenate(own)
     owner_of_ray = np.repeat(numbers, [len(part) for part in own])
-    hits = stage.cast(np.ascontiguousarray(np.broadcast_to(origin.astype(np.float32), directions.shape)), directions)
+    hits = stage.cast(
+        np.ascontiguousarray(np.broadcast_to(origin.astype(np.float32), directions.shape)), directions
+    )
     owner = np.where(hits.primitive >= 0, stage.instance[np.maximum(hits.primitive, 0)], 0)
     weight = np.zeros(len(result))
     weight[numbers] = extent.prod(axis=1) / RAYS_PER_SIDE**2
