@@ -7,8 +7,8 @@ step from which a run was resumed.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, replace
+from typing import TypeVar, cast
 
 import msgspec
 import numpy as np
@@ -32,11 +32,34 @@ from .augment import (
 from .images import DecodedImage, load_image
 from .points import load_points
 from .samples import NuScenes
-from .schema import Annotations, Batch, CameraFrame, Sample
+from .schema import Annotations, Batch, CameraFrame, PastFrames, Sample
+
+T = TypeVar("T")
 
 # How much of the resolution at the largest scale is decoded. Enlarging by a tenth there cannot be seen, and
 # lets the published scales (0.38 to 0.55) decode at half size, in half the time.
 SHARPNESS = 0.9
+
+
+class PastConfig(Config, frozen=True):
+    """Which earlier key frames come with each sample: `num_frames`, each `step` key frames before the next.
+
+    `training_steps` draws the step anew for each sample in training, from the first to the last of the two, so
+    that a detector learns to cope with gaps of any length.
+    """
+
+    num_frames: int = 1
+    step: int = 1
+    training_steps: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_frames < 1 or self.step < 1:
+            raise ConfigError(
+                f"num_frames={self.num_frames}, step={self.step}; expected 1 or more of both "
+                "(past=None for no earlier frames)"
+            )
+        if self.training_steps is not None and not 1 <= self.training_steps[0] <= self.training_steps[1]:
+            raise ConfigError(f"training_steps={self.training_steps}; expected (low, high) from 1 on")
 
 
 class DataConfig(Config, frozen=True):
@@ -48,6 +71,7 @@ class DataConfig(Config, frozen=True):
     bev_aug: BevAugConfig | None = None
     cameras: tuple[str, ...] | None = None  # channels, in the order of the batch; None for all of the rig
     num_sweeps: int = 0  # earlier LiDAR sweeps besides the key sweep
+    past: PastConfig | None = None  # earlier key frames' images, for detectors with a history
     load_images: bool = True
     load_points: bool = True
     exact_jpeg: bool = False  # decode in full and resize as the reference does
@@ -101,7 +125,7 @@ class FrameDataset(Dataset[Batch]):
         frames: which ones; labels of unlabelled frames are never read, their boxes are None.
         config: what to load.
         seed: of the augmentation.
-        train: False switches both augmentations off.
+        train: False switches both augmentations off, and the drawing of steps back.
         cache: keep images and points in memory once read (decoded images where they are augmented, network
             images where not); the results are the same to the bit.
     """
@@ -121,7 +145,8 @@ class FrameDataset(Dataset[Batch]):
         self.seed = seed
         self.cache = cache
         self._samples: dict[int, Sample] = {}
-        self._images: dict[tuple[int, str], DecodedImage | NDArray[np.uint8]] = {}
+        self._earlier: dict[str, Sample] = {}  # by token
+        self._images: dict[tuple[str, str], DecodedImage | NDArray[np.uint8]] = {}  # by token and channel
         self._points: dict[int, NDArray[np.float32]] = {}
 
     def __len__(self) -> int:
@@ -135,18 +160,33 @@ class FrameDataset(Dataset[Batch]):
         cameras = self._cameras(sample)
         bev_aug = np.eye(4) if config.bev_aug is None else config.bev_aug.draw(rng).matrix
         image_augs = [self._draw_image_aug(rng, camera) for camera in cameras]
-        global2lidar = invert_rigid(sample.lidar2global)
-
-        images = None
-        if config.load_images:
-            network_images = [
-                self._network_image(index, camera, image_aug)
-                for camera, image_aug in zip(cameras, image_augs, strict=True)
-            ]
-            images = torch.from_numpy(np.stack(network_images)).permute(0, 3, 1, 2).contiguous()[None]
         points = None
         if config.load_points:
             points = [torch.from_numpy(augment_points(bev_aug, self._raw_points(index, sample)))]
+        present = self._seen(sample, cameras, image_augs, bev_aug)
+        return replace(
+            present,
+            points=points,
+            boxes=[self._target_boxes(sample.annotations, bev_aug)],
+            past=self._past(present, sample, cameras, image_augs, bev_aug, draw),
+        )
+
+    def _seen(
+        self,
+        sample: Sample,
+        cameras: Sequence[CameraFrame],
+        image_augs: Sequence[ImageAugmentation],
+        bev_aug: NDArray[np.float64],
+    ) -> Batch:
+        """What the cameras saw in a key frame, in the LiDAR frame of that time."""
+        global2lidar = invert_rigid(sample.lidar2global)
+        images = None
+        if self.config.load_images:
+            network_images = [
+                self._network_image(sample.token, camera, image_aug)
+                for camera, image_aug in zip(cameras, image_augs, strict=True)
+            ]
+            images = torch.from_numpy(np.stack(network_images)).permute(0, 3, 1, 2).contiguous()[None]
         cam2lidar = [bev_aug @ global2lidar @ camera.ego2global @ camera.cam2ego for camera in cameras]
         cam2img = [
             image_aug.matrix @ camera.cam2img for camera, image_aug in zip(cameras, image_augs, strict=True)
@@ -159,9 +199,70 @@ class FrameDataset(Dataset[Batch]):
             image_aug=_matrices([image_aug.matrix for image_aug in image_augs])[None],
             bev_aug=_matrices([bev_aug]),
             lidar2global=torch.from_numpy(sample.lidar2global)[None],
-            points=points,
-            boxes=[self._target_boxes(sample.annotations, bev_aug)],
+            points=None,
+            boxes=[None],
+            scenes=[sample.scene],
+            timestamps_us=[sample.timestamp_us],
         )
+
+    def _past(
+        self,
+        present: Batch,
+        sample: Sample,
+        cameras: Sequence[CameraFrame],
+        image_augs: Sequence[ImageAugmentation],
+        bev_aug: NDArray[np.float64],
+        draw: int,
+    ) -> PastFrames | None:
+        config = self.config.past
+        if config is None:
+            return None
+        step = config.step
+        if config.training_steps is not None:
+            # A random state of its own, so that the augmentation is the same with and without a past.
+            low, high = config.training_steps
+            step = int(np.random.default_rng([self.seed, draw, 1]).integers(low, high + 1))
+        channels = [camera.channel for camera in cameras]
+        frames: list[Batch] = []
+        gaps_s: list[float] = []
+        earlier, seen = sample, present
+        for _ in range(config.num_frames):
+            before = self._key_frame_before(earlier, step)
+            if before is not earlier:
+                earlier = before
+                earlier_cameras = self._cameras(earlier)
+                if [camera.channel for camera in earlier_cameras] != channels:
+                    raise DataError(
+                        f"sample {earlier.token} has other cameras than its successor {sample.token}; "
+                        "name the cameras that all samples have"
+                    )
+                seen = self._seen(earlier, earlier_cameras, image_augs, bev_aug)
+            frames.append(seen)
+            gaps_s.append(1e-6 * (sample.timestamp_us - earlier.timestamp_us))
+        return PastFrames(frames, torch.tensor([gaps_s]))
+
+    def _key_frame_before(self, sample: Sample, steps: int) -> Sample:
+        """The key frame so many steps earlier, or the first of the scene.
+
+        Raises:
+            DataError: the table leads into another scene, or forward in time.
+        """
+        for _ in range(steps):
+            if sample.previous_token is None:
+                break
+            before = self._earlier.get(sample.previous_token)
+            if before is None:
+                before = self.nuscenes.sample(sample.previous_token, num_sweeps=0, read_annotations=False)
+                if self.cache:
+                    self._earlier[before.token] = before
+            if before.scene != sample.scene or before.timestamp_us >= sample.timestamp_us:
+                raise DataError(
+                    f"sample.json, token {sample.token!r}: prev is {before.token!r} of scene {before.scene!r}, "
+                    f"{1e-6 * (sample.timestamp_us - before.timestamp_us):.2f} s earlier; expected an earlier "
+                    f"sample of scene {sample.scene!r}, or nothing at its start"
+                )
+            sample = before
+        return sample
 
     def fill_cache(self) -> None:
         """Reads every frame now, so that workers started later share the memory."""
@@ -204,10 +305,10 @@ class FrameDataset(Dataset[Batch]):
         return config.image_aug.draw(rng, camera.size_wh_px, config.image_size_px)
 
     def _network_image(
-        self, index: int, camera: CameraFrame, image_aug: ImageAugmentation
+        self, token: str, camera: CameraFrame, image_aug: ImageAugmentation
     ) -> NDArray[np.uint8]:
         config = self.config
-        key = (index, camera.channel)
+        key = (token, camera.channel)
         kept = self._images.get(key)
         if isinstance(kept, np.ndarray):
             return kept
@@ -245,7 +346,7 @@ def collate(pieces: Sequence[Batch]) -> Batch:
     """Several batches into one, in order.
 
     Raises:
-        DataError: the samples do not have the same number of cameras.
+        DataError: the samples do not have the same number of cameras, or of earlier frames.
     """
     first = pieces[0]
     if len(pieces) == 1:
@@ -268,7 +369,30 @@ def collate(pieces: Sequence[Batch]) -> Batch:
         lidar2global=torch.cat([piece.lidar2global for piece in pieces]),
         points=points if first.points is not None else None,
         boxes=[boxes for piece in pieces for boxes in piece.boxes],
+        past=_collate_past(pieces),
+        scenes=_joined([piece.scenes for piece in pieces]),
+        timestamps_us=_joined([piece.timestamps_us for piece in pieces]),
     )
+
+
+def _collate_past(pieces: Sequence[Batch]) -> PastFrames | None:
+    pasts = [piece.past for piece in pieces if piece.past is not None]
+    counts = [len(piece.past.frames) if piece.past else 0 for piece in pieces]
+    if len(set(counts)) > 1:
+        raise DataError(
+            f"samples {[token for piece in pieces for token in piece.tokens]} come with {counts} earlier "
+            "frames; a batch needs as many for each"
+        )
+    if not pasts:
+        return None
+    frames = [collate(list(frames)) for frames in zip(*(past.frames for past in pasts), strict=True)]
+    return PastFrames(frames, torch.cat([past.gaps_s for past in pasts]))
+
+
+def _joined(lists: Sequence[list[T] | None]) -> list[T] | None:
+    """One list, or None if one of them is absent."""
+    known = [entries for entries in lists if entries is not None]
+    return [entry for entries in known for entry in entries] if len(known) == len(lists) else None
 
 
 @dataclass(frozen=True)
@@ -485,4 +609,5 @@ def _matrices(matrices: Sequence[NDArray[np.float64]]) -> Tensor:
 
 
 def _without_augmentation(config: DataConfig) -> DataConfig:
-    return msgspec.structs.replace(config, image_aug=None, bev_aug=None)
+    past = config.past and msgspec.structs.replace(config.past, training_steps=None)
+    return msgspec.structs.replace(config, image_aug=None, bev_aug=None, past=past)
