@@ -240,3 +240,25 @@ def test_the_config_beside_the_data_reads_back_equal(world: Path):
 def test_impossible_settings_are_refused(wrong: dict):
     with pytest.raises(ConfigError, match="expected"):
         msgspec.structs.replace(TINY, **wrong).__post_init__()
+
+
+def test_cameras_run_at_twelve_hertz_when_asked(tmp_path: Path):
+    config = msgspec.structs.replace(TINY, splits=(SplitConfig(name="all", scenes=1),), camera_hz=12)
+    simulate(config, tmp_path / "w", processes=1, progress=False)
+    front = [
+        row["timestamp"] for row in table(tmp_path / "w", "sample_data") if "/CAM_FRONT/" in row["filename"]
+    ]
+    assert len(front) == 6 * config.key_frames_per_scene
+    np.testing.assert_allclose(np.diff(sorted(front)), 1e6 / 12, atol=2)
+
+
+def test_only_the_classes_that_were_asked_for_occur(tmp_path: Path):
+    config = msgspec.structs.replace(TINY, classes=("pedestrian", "bus"), key_frames_per_scene=1)
+    simulate(config, tmp_path / "w", processes=1, progress=False)
+    categories = {row["token"]: row["name"] for row in table(tmp_path / "w", "category")}
+    found = {categories[row["category_token"]] for row in table(tmp_path / "w", "instance")}
+    assert found <= {
+        "vehicle.bus.rigid",
+        *(name for name in categories.values() if name.startswith("human.pedestrian")),
+    }
+    assert "vehicle.bus.rigid" in found and len(found) >= 2

@@ -12,7 +12,7 @@ from .rig import Calibration, pixel_rays, rays_through
 from .shading import Backdrop, radiance
 
 EDGE_CONTRAST = 0.06  # of full scale; pixels that differ more from a neighbour are sampled again
-EDGE_SHARE = 0.13  # at most this share of an image is
+EDGE_SHARE = 0.11  # at most this share of an image is
 _EDGE_OFFSETS = np.array([[0.33, -0.28], [-0.31, 0.3]], dtype=np.float32)
 
 

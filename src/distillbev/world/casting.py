@@ -66,11 +66,11 @@ class Stage:
         ]
         self._rest = np.array([actor.pose(0.0) for actor in actors]).reshape(-1, 4)
 
-    def poses(self, time_s: float) -> NDArray[np.float64]:
-        """(actors, 4) x, y, z of the foot and yaw of every actor at a time."""
-        poses = self._rest.copy()
+    def poses(self, times_s: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(T,) seconds of the scene -> (T, actors, 4) x, y, z of the foot and yaw of every actor."""
+        poses = np.repeat(self._rest[None], len(times_s), axis=0)
         for number, actor in self.moving:
-            poses[number - 1] = actor.pose(time_s)
+            poses[:, number - 1, [0, 1, 3]] = actor.motion.at(times_s)
         return poses
 
     def set(self, poses: NDArray[np.float64], shown: NDArray[np.bool_]) -> None:

@@ -135,12 +135,12 @@ class SceneSimulator:
                 "camera_intrinsic": [] if sensor.intrinsic is None else sensor.intrinsic.tolist(),
             })  # fmt: skip
         shots = self._shots(key_us)
+        poses_of_shots = self.stage.poses(np.array([self.time_s(timestamp_us) for timestamp_us, *_ in shots]))
         per_sensor: dict[str, list[Row]] = defaultdict(list)
         seen = np.zeros((len(key_us), len(self.traffic.actors) + 1, 3))  # visible, alone, exact pixels
         sweeps: list[NDArray[np.float32]] = []
-        for timestamp_us, sensor, frame, is_key in shots:
+        for (timestamp_us, sensor, frame, is_key), poses in zip(shots, poses_of_shots, strict=True):
             ego2world = self.ego2world(timestamp_us)
-            poses = self.stage.poses(self.time_s(timestamp_us))
             file = self._file_of(sensor.channel, timestamp_us, is_key)
             (root / file).parent.mkdir(parents=True, exist_ok=True)
             if sensor.intrinsic is None:
@@ -263,7 +263,7 @@ class SceneSimulator:
         for frame, (us, sweep) in enumerate(zip(key_us, sweeps, strict=True)):
             ego2world = self.ego2world(us)
             points = transform_points(ego2world @ lidar.sensor2ego, sweep[:, :3].astype(np.float64))
-            poses = self.stage.poses(self.time_s(us))
+            poses = self.stage.poses(np.array([self.time_s(us)]))[0]
             boxes = [
                 annotated_box(pose, actor.shape)
                 for pose, actor in zip(poses, self.traffic.actors, strict=True)
@@ -307,7 +307,7 @@ class SceneSimulator:
         image = Image.fromarray(road * np.uint8(255)).resize((enlarged, enlarged), Image.Resampling.NEAREST)
         file = f"maps/{self.name}.png"
         (root / file).parent.mkdir(parents=True, exist_ok=True)
-        image.save(root / file, compress_level=1)
+        image.save(root / file, compress_level=1, compress_type=3)  # run lengths: smallest and fastest here
         return file
 
 

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -132,6 +133,8 @@ def _work(config: WorldConfig, out: Path, numbers: list[int]) -> None:
     from .scenes import write_scene
 
     parent = multiprocessing.parent_process()
+    if parent is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent tells the user, and takes its workers along
     for number in numbers:
         if parent is not None and not parent.is_alive():
             return

@@ -66,7 +66,7 @@ def draw_air(weather: Weather, rng: np.random.Generator) -> Air:
         case Weather.RAIN:
             return Air(
                 weather, _rgb(*direction), sun=_rgb(0, 0, 0), sky=_rgb(0.78, 0.82, 0.9), zenith=_rgb(0.53, 0.56, 0.61),
-                horizon=_rgb(0.65, 0.69, 0.76), haze_per_m=0.0042 * haze, cloud_cover=1.0, wetness=1.0, dark=False,
+                horizon=_rgb(0.65, 0.69, 0.76), haze_per_m=0.0032 * haze, cloud_cover=1.0, wetness=1.0, dark=False,
                 exposure=1.25 * exposure, noise=0.016, lidar_dropout=0.08,
             )  # fmt: skip
         case Weather.DUSK:
