@@ -302,16 +302,16 @@ def depth_targets(
         feature_hw: rows and columns of the feature map.
         stride_px: pixels per feature.
         labels: "centred": a point belongs to the cell that it falls into, a depth to the nearest bin, since a
-            bin's features are put at its depth. "megvii": a bin takes the depths from its own to the next.
-            "release": so too, but a point belongs to the nearest corner of cells, and only points within the
-            bins' range compete for a cell.
+            bin's features are put at its depth. "megvii": a bin takes the depths from its own to the next,
+            and points less than a pixel left of or above the image count as on it. "release": bins so too,
+            but a point belongs to the nearest corner of cells, and only points within the bins' range compete
+            for a cell.
 
     Returns:
         (B, N, H, W) int64: the bin of the nearest point in the cell, -1 where none has one.
     """
     within = (bins.start_m, bins.stop_m) if labels == "release" else None
-    to_corners = labels == "release"
-    nearest = nearest_depths(points, cam2img, cam2lidar, feature_hw, stride_px, to_corners, within)
+    nearest = nearest_depths(points, cam2img, cam2lidar, feature_hw, stride_px, labels, within)
     return depth_bins(nearest, bins, nearest_bin=labels == "centred")
 
 
@@ -321,13 +321,13 @@ def nearest_depths(
     cam2lidar: Tensor,
     feature_hw: tuple[int, int],
     stride_px: int,
-    to_corners: bool = False,
+    labels: DepthLabels = "centred",
     within_m: tuple[float, float] | None = None,
 ) -> Tensor:
     """(B, N, H, W) metres along the optical axis to the nearest point of each feature cell, inf where none is.
 
-    Args as `depth_targets`; `to_corners` rounds a point to the nearest corner of cells instead of taking the
-    cell that it lies in, `within_m` leaves out points that are nearer or not less far.
+    Args as `depth_targets`, whose `labels` say here only which cell a point belongs to; `within_m` leaves out
+    points that are nearer than the first or not nearer than the second depth.
     """
     (B, N), (H, W) = cam2img.shape[:2], feature_hw
     limits = torch.tensor([W, H], device=cam2img.device)
@@ -339,8 +339,11 @@ def nearest_depths(
             homogeneous = functional.pad(measured_now(points[sample])[:, :3], (0, 1), value=1.0)  # (P, 4)
             projected = torch.einsum("nij,pj->npi", lidar2img[sample], homogeneous)  # u*d, v*d, d
             depth = projected[..., 2]
-            cell = projected[..., :2] / depth.clamp(min=1e-3)[..., None] / stride_px
-            cell = cell.round() if to_corners else cell.floor()
+            pixel = projected[..., :2] / depth.clamp(min=1e-3)[..., None]
+            if labels == "megvii":
+                pixel = pixel.trunc()
+            cell = pixel / stride_px
+            cell = cell.round() if labels == "release" else cell.floor()
             inside = (depth > 1e-3) & ((cell >= 0) & (cell < limits)).all(dim=-1)
             inside &= (depth >= low) & (depth < high)
             camera = torch.arange(N, device=depth.device)[:, None] * (H * W)
