@@ -12,7 +12,15 @@ CORE = ("distillbev", "setuptools")
 ORACLE = ("nuscenes-devkit",)
 DEV = (
     *("pytest", "pytest-xdist", "hypothesis", "ruff", "pyright"),
-    *("pyquaternion", "shapely", "matplotlib", "cachetools", "scikit-learn", "opencv-python-headless", "descartes"),
+    *(
+        "pyquaternion",
+        "shapely",
+        "matplotlib",
+        "cachetools",
+        "scikit-learn",
+        "opencv-python-headless",
+        "descartes",
+    ),
     "tqdm",
 )
 
@@ -39,7 +47,11 @@ def write(path: Path, head: str, versions: dict[str, str]) -> None:
 if __name__ == "__main__":
     core = closure(CORE)
     dev = {**closure(DEV), **closure(ORACLE, follow=False)}
-    write(ROOT / "requirements.lock", "Exact versions of the core set.", {k: core[k] for k in core if k != "distillbev"})
+    write(
+        ROOT / "requirements.lock",
+        "Exact versions of the core set.",
+        {k: core[k] for k in core if k != "distillbev"},
+    )
     write(
         ROOT / "requirements-dev.lock",
         "Exact versions of what the tests need besides requirements.lock.",
