@@ -96,7 +96,7 @@ def test_what_is_missing_from_a_batch_is_said() -> None:
         detector.loss(output, batch)
     batch.points = None
     with pytest.raises(DataError, match="needs LiDAR points"):
-        detector.loss_of_depth(output, batch, DepthLossConfig())
+        detector.loss_of_depth(output.depth_logits, batch, DepthLossConfig())
     batch.images = None
     with pytest.raises(DataError, match="no images"):
         detector(batch)

@@ -181,24 +181,24 @@ class BevDet(nn.Module):
             boxes = scale_velocities(boxes, output.displacement_s)
         terms = self.head.loss(output.heads, self.head.targets(boxes))
         if self.config.depth_loss is not None:
-            terms["depth"] = self.loss_of_depth(output, batch, self.config.depth_loss)
+            assert output.depth_logits is not None
+            terms["depth"] = self.loss_of_depth(output.depth_logits, batch, self.config.depth_loss)
         return terms
 
-    def loss_of_depth(self, output: DetectorOutput, batch: Batch, config: DepthLossConfig) -> Tensor:
-        """The depth term alone; it needs LiDAR points but no labels.
+    def loss_of_depth(self, depth_logits: Tensor, batch: Batch, config: DepthLossConfig) -> Tensor:
+        """The depth term alone, of (B, N, D, H, W) logits; it needs LiDAR points but no labels.
 
         Raises:
             DataError: the batch has no points.
         """
         if batch.points is None:
             raise DataError("the depth loss needs LiDAR points, this batch has none; load them or drop it")
-        assert output.depth_logits is not None
-        H, W = output.depth_logits.shape[-2:]
+        H, W = depth_logits.shape[-2:]
         bins, stride_px = self.config.lift.depth, self.image_encoder.stride
         targets = depth_targets(
             batch.points, batch.cam2img, batch.cam2lidar, bins, (H, W), stride_px, config.labels
         )
-        return depth_loss(output.depth_logits, targets, config)
+        return depth_loss(depth_logits, targets, config)
 
     def decode(self, output: DetectorOutput) -> list[Boxes3D]:
         """Detections of every sample, in the (augmented) LiDAR frame of the batch; velocities in m/s."""

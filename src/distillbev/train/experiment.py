@@ -74,6 +74,8 @@ class Experiment(Config, frozen=True):
 
     Without `student`, the teacher itself is trained. With `distill`, the student learns from the teacher whose
     weights lie in `teacher_weights`. `inherit_head` starts the student's head from the teacher's.
+    With the task "depth" the student only learns how far away things are, from the LiDAR: it needs no labels,
+    and its weights are where a detection run may start (`start_weights`).
     """
 
     name: str
@@ -81,6 +83,8 @@ class Experiment(Config, frozen=True):
     student: BevDetConfig | None = None
     distill: DistillConfig | None = None
     teacher_weights: str | None = None
+    task: Literal["detection", "depth"] = "detection"
+    start_weights: str | None = None
     inherit_head: bool = False
     data_root: str = ""
     labelled_splits: tuple[str, ...] = ("train",)
@@ -110,7 +114,9 @@ class Experiment(Config, frozen=True):
                 f"unlabelled_per_step={self.optim.unlabelled_per_step} with unlabelled_splits="
                 f"{list(self.unlabelled_splits)}; give both or neither"
             )
-        if self.unlabelled_splits and self.distill is None:
+        if self.task == "depth" and (self.student is None or self.student.depth_loss is None):
+            raise ConfigError(f"experiment {self.name!r} learns depth; set `student.depth_loss`")
+        if self.unlabelled_splits and self.distill is None and self.task == "detection":
             raise ConfigError("unlabelled frames teach nothing without a teacher; set `distill` or drop them")
 
     @property

@@ -49,6 +49,20 @@ class DetectionObjective(nn.Module):
         return self.student.loss(self.student(batch), batch)
 
 
+class DepthObjective(nn.Module):
+    """What a student minimises that only learns depth, from the LiDAR's points and no label."""
+
+    def __init__(self, student: BevDet) -> None:
+        super().__init__()
+        self.student = student
+
+    def forward(self, batch: Batch, step: int | None = None) -> dict[str, Tensor]:
+        config = self.student.config.depth_loss
+        assert config is not None, "the experiment has checked this"
+        _, depth_logits = self.student.see(batch)
+        return {"depth": self.student.loss_of_depth(depth_logits, batch, config)}
+
+
 def build_detector(experiment: Experiment) -> BevDet | CenterPoint:
     """The detector that the experiment trains, with fresh weights."""
     if experiment.student is not None:
@@ -74,14 +88,21 @@ def load_teacher(experiment: Experiment) -> CenterPoint:
     return teacher.eval()
 
 
-def build_objective(experiment: Experiment) -> DetectionObjective | Distiller:
+def build_objective(experiment: Experiment) -> DetectionObjective | DepthObjective | Distiller:
     """The detector and what it minimises: its own loss, or a teacher's lessons as well.
 
-    A fresh student starts from the files that the experiment names: its image backbone's, its teacher's head.
+    A fresh student starts from the files that the experiment names: its own from an earlier run, its image
+    backbone's, its teacher's head.
     """
     detector = build_detector(experiment)
     if isinstance(detector, BevDet) and (report := detector.image_encoder.load_backbone_weights()):
         logger.info("image backbone: %s", report)
+    if experiment.start_weights is not None:
+        load_weights(detector, Path(experiment.start_weights))
+        logger.info("start: %s", experiment.start_weights)
+    if experiment.task == "depth":
+        assert isinstance(detector, BevDet), "the experiment has checked this"
+        return DepthObjective(detector)
     if not experiment.needs_teacher:
         return DetectionObjective(detector)
     teacher = load_teacher(experiment)
