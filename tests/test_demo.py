@@ -14,6 +14,7 @@ PLAN = DemoPlan(
     held_out_scenes=2,
     key_frames_per_scene=1,
     teacher_steps=3,
+    depth_steps=3,
     student_steps=3,
     arms=(Arm.TEACHER, Arm.ALONE, Arm.DISTILLED_UNLABELLED),
 )
@@ -34,7 +35,7 @@ def test_a_small_demo_runs_the_whole_way_and_sums_up(demo: Path):
         assert 0 <= low <= high <= 1
         assert 0 <= arm["NDS"] <= 1
     assert (summary["labelled_frames"], summary["unlabelled_frames"], summary["held_out_frames"]) == (2, 2, 2)
-    assert {"simulate", "teacher", "alone-seed0", "report"} <= set(summary["seconds"])
+    assert {"simulate", "depth", "teacher", "alone-seed0", "report"} <= set(summary["seconds"])
 
 
 def test_the_page_is_one_file_with_table_curves_pictures_and_guidance(demo: Path):
@@ -53,9 +54,11 @@ def test_a_finished_demo_is_not_run_again(demo: Path):
 
 def test_arms_differ_in_what_teaches_them_and_nothing_else(tmp_path: Path):
     students = [
-        arm_experiment(arm, DemoPlan(), 0, tmp_path, tmp_path) for arm in Arm if arm is not Arm.TEACHER
+        arm_experiment(arm, DemoPlan(), 0, tmp_path, tmp_path, tmp_path)
+        for arm in Arm
+        if arm is not Arm.TEACHER
     ]
-    for name in ("student", "seed", "evaluation", "cache", "log"):
+    for name in ("student", "start_weights", "data", "seed", "evaluation", "cache", "log"):
         assert len({repr(getattr(experiment, name)) for experiment in students}) == 1, name
     for name in ("steps", "learning_rate", "schedule", "weight_decay", "ema_decay", "precision", "clip_norm"):
         assert len({repr(getattr(experiment.optim, name)) for experiment in students}) == 1, name
@@ -66,7 +69,7 @@ def test_arms_differ_in_what_teaches_them_and_nothing_else(tmp_path: Path):
 def test_held_out_scenes_are_no_split_that_an_arm_trains_on(tmp_path: Path):
     plan = DemoPlan()
     for arm in Arm:
-        experiment = arm_experiment(arm, plan, 0, tmp_path, tmp_path)
+        experiment = arm_experiment(arm, plan, 0, tmp_path, tmp_path, tmp_path)
         assert plan.held_out_split not in (*experiment.labelled_splits, *experiment.unlabelled_splits)
 
 

@@ -25,7 +25,7 @@ from .models.bevdet import BevDetConfig
 from .models.center_head import CenterHeadConfig
 from .models.centerpoint import CenterPointConfig
 from .models.image_encoder import ImageEncoderConfig, PlainCnnConfig
-from .models.lift import DepthBins, LiftConfig
+from .models.lift import DepthBins, DepthLossConfig, LiftConfig
 from .models.pillars import DynamicPillarsConfig
 from .models.second import SecondConfig
 from .train.experiment import Experiment, LogConfig, OptimConfig
@@ -60,9 +60,9 @@ def tiny_centerpoint() -> Experiment:
             head=tiny_head(velocity_weight=0.2),
             norm_momentum=0.1,
         ),
-        data=DataConfig(load_images=False, bev_aug=TINY_TEACHER_AUG, num_sweeps=2),
+        data=DataConfig(load_images=False, bev_aug=TINY_TEACHER_AUG),
         evaluation=DetectionEvalConfig(max_range_m=24.0),
-        optim=OptimConfig(steps=400, labelled_per_step=4, learning_rate=3e-3, ema_decay=0.99),
+        optim=OptimConfig(steps=800, labelled_per_step=4, learning_rate=3e-3, ema_decay=0.99),
         cache=True,
     )
 
@@ -79,12 +79,26 @@ def tiny_bevdet() -> Experiment:
             lift=LiftConfig(depth=DepthBins(start_m=1.0, stop_m=37.0, step_m=0.9), channels=48),
             bev_encoder=BevEncoderConfig(channels=(48, 96, 96), blocks=(2, 2, 2), strides=(1, 2, 2)),
             bev_neck=TopDownNeckConfig(out_channels=96),
+            depth_loss=DepthLossConfig(weight=1.0),
             head=tiny_head(velocity_weight=0.2),
         ),
-        data=DataConfig(image_size_px=(256, 96), load_points=False),
+        data=DataConfig(image_size_px=(256, 96)),
         evaluation=DetectionEvalConfig(max_range_m=24.0),
-        optim=OptimConfig(steps=800, labelled_per_step=2, learning_rate=2e-3, ema_decay=0.99),
+        optim=OptimConfig(steps=1000, labelled_per_step=2, learning_rate=2e-3, ema_decay=0.99),
         cache=True,
+    )
+
+
+def tiny_bevdet_depth() -> Experiment:
+    """The same student, learning depth from the LiDAR on every recorded frame; no labels. A start for the others."""
+    alone = tiny_bevdet()
+    return replace(
+        alone,
+        name="tiny_bevdet_depth",
+        task="depth",
+        labelled_splits=(),
+        unlabelled_splits=("train", "unlabelled"),
+        optim=replace(alone.optim, labelled_per_step=0, unlabelled_per_step=4),
     )
 
 
@@ -96,7 +110,6 @@ def tiny_bevdet_from_centerpoint() -> Experiment:
         teacher=tiny_centerpoint().teacher,
         distill=tiny_distillation(),
         inherit_head=True,
-        data=replace(tiny_bevdet().data, load_points=True, num_sweeps=tiny_centerpoint().data.num_sweeps),
     )
 
 
@@ -179,6 +192,7 @@ RECIPES: dict[str, Callable[[], Experiment]] = {
     for recipe in (
         tiny_centerpoint,
         tiny_bevdet,
+        tiny_bevdet_depth,
         tiny_bevdet_from_centerpoint,
         tiny_bevdet_from_unlabelled,
         centerpoint_pillar02,

@@ -7,7 +7,7 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from ..distill.settings import DistillConfig
-from ..recipes import tiny_bevdet, tiny_bevdet_from_centerpoint, tiny_centerpoint
+from ..recipes import tiny_bevdet, tiny_bevdet_depth, tiny_bevdet_from_centerpoint, tiny_centerpoint
 from ..train.experiment import Experiment
 from ..train.loop import WEIGHTS_FILE
 from .plan import Arm, DemoPlan
@@ -15,10 +15,25 @@ from .plan import Arm, DemoPlan
 LABELLED, UNLABELLED = "labelled", "unlabelled"
 
 
-def arm_experiment(arm: Arm, plan: DemoPlan, seed: int, world: Path, teacher_run: Path) -> Experiment:
+def depth_experiment(plan: DemoPlan, world: Path) -> Experiment:
+    """Where all students start from: depth learned on every recorded frame, which needs no labels."""
+    base = tiny_bevdet_depth()
+    return replace(
+        base,
+        name="depth",
+        data_root=str(world),
+        unlabelled_splits=(LABELLED, UNLABELLED),
+        optim=replace(base.optim, steps=plan.depth_steps),
+        seed=plan.seeds[0],
+    )
+
+
+def arm_experiment(
+    arm: Arm, plan: DemoPlan, seed: int, world: Path, teacher_run: Path, depth_run: Path
+) -> Experiment:
     """The experiment of one arm and seed.
 
-    The teacher is trained once, with the plan's first seed, and teaches the students of all seeds.
+    The teacher and the common start are trained once, with the plan's first seed, for the students of all seeds.
     """
     if arm is Arm.TEACHER:
         base = tiny_centerpoint()
@@ -35,6 +50,7 @@ def arm_experiment(arm: Arm, plan: DemoPlan, seed: int, world: Path, teacher_run
         name=str(arm),
         data_root=str(world),
         labelled_splits=(LABELLED,),
+        start_weights=str(depth_run / WEIGHTS_FILE),
         optim=replace(tiny_bevdet().optim, steps=plan.student_steps),
         seed=seed,
     )
@@ -50,7 +66,6 @@ def arm_experiment(arm: Arm, plan: DemoPlan, seed: int, world: Path, teacher_run
         teacher=taught.teacher,
         teacher_weights=str(teacher_run / WEIGHTS_FILE),
         inherit_head=True,
-        data=taught.data,
     )
     if arm is Arm.ALONE_TEACHER_HEAD:
         return with_head

@@ -48,8 +48,9 @@ class DemoPlan(Config, frozen=True):
     unlabelled_scenes: int = 64
     held_out_scenes: int = 25
     key_frames_per_scene: int = 4
-    teacher_steps: int = 400
-    student_steps: int = 800
+    teacher_steps: int = 800
+    depth_steps: int = 1000
+    student_steps: int = 1000
     arms: tuple[Arm, ...] = DEFAULT_ARMS
     seeds: tuple[int, ...] = (0,)
     held_out_split: str = "held_out"
@@ -80,8 +81,9 @@ def choose_plan(
             labelled_scenes=8,
             unlabelled_scenes=16,
             held_out_scenes=10,
-            teacher_steps=150,
-            student_steps=150,
+            teacher_steps=200,
+            depth_steps=250,
+            student_steps=250,
         )
     if full:
         plan = msgspec.structs.replace(plan, held_out_scenes=75, arms=tuple(Arm), seeds=(0, 1, 2))
@@ -93,6 +95,7 @@ def choose_plan(
             unlabelled_scenes=240,
             held_out_scenes=50,
             teacher_steps=3000,
+            depth_steps=3000,
             student_steps=4000,
         )
     if arms is not None:

@@ -15,8 +15,10 @@ from ..config import first_difference, read_config, write_config
 from ..data.samples import NuScenes
 from ..errors import RunError
 from ..scoring import METRICS_FILE, annotated_samples
-from ..world import SplitConfig, WorldConfig, simulate
-from .arms import LABELLED, UNLABELLED, arm_experiment
+from ..train.experiment import Experiment
+from ..train.loop import WEIGHTS_FILE
+from ..world import SplitConfig, Weather, WorldConfig, simulate
+from .arms import LABELLED, UNLABELLED, arm_experiment, depth_experiment
 from .jobs import Job, run_jobs
 from .outcome import Outcome, evaluation_of, measure, run_of, seeds_of
 from .page import demo_page
@@ -36,12 +38,14 @@ def run_demo(plan: DemoPlan, out: Path) -> Path:
     world = out / "world"
     with _Stopwatch(out, "simulate"):
         simulate(world_of(plan), world)
-    jobs = [_job(arm, plan, seed, out) for arm in plan.arms for seed in seeds_of(plan, arm)]
+    jobs = [_depth_job(plan, out)] + [
+        _job(arm, plan, seed, out) for arm in plan.arms for seed in seeds_of(plan, arm)
+    ]
     for name, seconds in run_jobs(jobs, _slots(), out / "logs").items():
         _note_seconds(out, name, seconds)
     with _Stopwatch(out, "report"):
         samples = annotated_samples(NuScenes(world), plan.held_out_split)
-        teacher = arm_experiment(Arm.TEACHER, plan, plan.seeds[0], world, run_of(out, Arm.TEACHER, 0))
+        teacher = _experiment(Arm.TEACHER, plan, plan.seeds[0], out)
         outcome = measure(plan, out, teacher, samples)
         (out / PAGE).write_text(demo_page(plan, out, outcome, samples, _seconds(out)))
     summary = summarise(plan, outcome, _seconds(out), len(samples))
@@ -63,7 +67,9 @@ def world_of(plan: DemoPlan) -> WorldConfig:
         key_frames_per_scene=plan.key_frames_per_scene,
         image_size_px=(704, 396) if plan.size == "large" else (256, 144),
         camera_hz=None,
-        lidar_sweeps=2,
+        lidar_sweeps=0,
+        # 16 labelled scenes would hold three of each weather; a day's light is enough to show what helps.
+        weathers=(Weather.CLEAR, Weather.OVERCAST),
         write_masks=False,
     )
 
@@ -118,25 +124,52 @@ def print_outcome(console: Console, outcome: Outcome) -> None:
         console.print(str(difference), highlight=False, markup=False)
 
 
+DEPTH = "depth"
+
+
+def _experiment(arm: Arm, plan: DemoPlan, seed: int, out: Path) -> Experiment:
+    return arm_experiment(arm, plan, seed, out / "world", run_of(out, Arm.TEACHER, 0), out / "runs" / DEPTH)
+
+
 def _job(arm: Arm, plan: DemoPlan, seed: int, out: Path) -> Job:
-    run, world, teacher = run_of(out, arm, seed), out / "world", run_of(out, Arm.TEACHER, 0)
-    experiment = arm_experiment(arm, plan, seed, world, teacher)
-    recipe = out / "experiments" / f"{run.name}.yaml"
-    recipe.parent.mkdir(exist_ok=True)
-    write_config(experiment, recipe)
+    run = run_of(out, arm, seed)
+    experiment = _experiment(arm, plan, seed, out)
     evaluation = evaluation_of(run, plan.held_out_split)
-    common = ("--data", str(world), "--out")
+    needs = () if arm is Arm.TEACHER else (DEPTH, str(Arm.TEACHER)) if experiment.needs_teacher else (DEPTH,)
     return Job(
         name=run.name,
         commands=(
-            ("train", str(recipe), *common, str(run)),
-            ("evaluate", str(run), *common, str(evaluation), "--split", plan.held_out_split),
+            _training(experiment, run, out),
+            ("evaluate", str(run), *_data(out), "--out", str(evaluation), "--split", plan.held_out_split),
         ),
         done=evaluation / METRICS_FILE,
-        needs=(teacher.name,) if experiment.needs_teacher else (),
+        needs=needs,
         metrics=run / "metrics.jsonl",
         steps=experiment.optim.steps,
     )
+
+
+def _depth_job(plan: DemoPlan, out: Path) -> Job:
+    run = out / "runs" / DEPTH
+    return Job(
+        name=DEPTH,
+        commands=(_training(depth_experiment(plan, out / "world"), run, out),),
+        done=run / WEIGHTS_FILE,
+        metrics=run / "metrics.jsonl",
+        steps=plan.depth_steps,
+    )
+
+
+def _training(experiment: Experiment, run: Path, out: Path) -> tuple[str, ...]:
+    """The command that trains an experiment, which is written beside the runs."""
+    recipe = out / "experiments" / f"{run.name}.yaml"
+    recipe.parent.mkdir(exist_ok=True)
+    write_config(experiment, recipe)
+    return ("train", str(recipe), *_data(out), "--out", str(run))
+
+
+def _data(out: Path) -> tuple[str, str]:
+    return "--data", str(out / "world")
 
 
 def _slots() -> int:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from msgspec.structs import replace
 from rich.progress import track
 
 from ..boxes import Boxes3D
@@ -66,7 +67,10 @@ def detect(
 ) -> dict[str, Boxes3D]:
     """Detections of every sample (token -> boxes in its LiDAR frame), without any augmentation."""
     device = next(detector.parameters()).device
-    dataset = FrameDataset(nuscenes, frames_of_tokens(tokens), experiment.data)
+    data = experiment.data
+    if experiment.student is not None:
+        data = replace(data, load_points=False)  # at run time a student sees cameras only
+    dataset = FrameDataset(nuscenes, frames_of_tokens(tokens), data)
     loader = make_inference_loader(dataset, batch_size, experiment.workers)
     detections: dict[str, Boxes3D] = {}
     for batch in track(loader, f"detecting ({experiment.name})", disable=not show_progress):
