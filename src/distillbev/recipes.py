@@ -24,7 +24,7 @@ from .models.bev_encoder import BevEncoderConfig, LssNeckConfig, TopDownNeckConf
 from .models.bevdet import BevDetConfig
 from .models.center_head import CenterHeadConfig
 from .models.centerpoint import CenterPointConfig
-from .models.image_encoder import ImageEncoderConfig, PlainCnnConfig
+from .models.image_encoder import ImageEncoderConfig, PlainCnnConfig, ResNetConfig
 from .models.lift import DepthBins, DepthLossConfig, LiftConfig
 from .models.pillars import DynamicPillarsConfig
 from .models.second import SecondConfig
@@ -91,15 +91,15 @@ def tiny_bevdet() -> Experiment:
 
 def tiny_bevdet_depth() -> Experiment:
     """The same student, learning depth from the LiDAR on every recorded frame; no labels. A start for the others."""
-    alone = tiny_bevdet()
-    return replace(
-        alone,
-        name="tiny_bevdet_depth",
-        task="depth",
-        labelled_splits=(),
-        unlabelled_splits=("train", "unlabelled"),
-        optim=replace(alone.optim, labelled_per_step=0, unlabelled_per_step=4),
+    return replace(depth_first(tiny_bevdet(), ("train", "unlabelled")), name="tiny_bevdet_depth")
+
+
+def depth_first(student: Experiment, splits: tuple[str, ...]) -> Experiment:
+    """The student of an experiment, learning depth alone, with twice the samples per step."""
+    optim = replace(
+        student.optim, labelled_per_step=0, unlabelled_per_step=2 * student.optim.labelled_per_step
     )
+    return replace(student, task="depth", labelled_splits=(), unlabelled_splits=splits, optim=optim)
 
 
 def tiny_bevdet_from_centerpoint() -> Experiment:
@@ -127,6 +127,47 @@ def tiny_bevdet_from_unlabelled() -> Experiment:
 def tiny_distillation() -> DistillConfig:
     """Imitation as the demo uses it; how it was chosen stands in docs/experiments.md."""
     return replace(clean(("head",), weight=0.01), cache=TeacherCacheConfig())
+
+
+def large_centerpoint() -> Experiment:
+    """LiDAR teacher of the demo's --large: 0.4 m pillars, ground of 102.4 m; for one GPU."""
+    tiny = tiny_centerpoint()
+    assert tiny.teacher is not None
+    return replace(
+        tiny,
+        name="large_centerpoint",
+        teacher=replace(
+            tiny.teacher,
+            grid=BevGrid(cell_m=0.4),
+            pillars=DynamicPillarsConfig(channels=(64,), intensity_scale=1 / 255),
+            backbone=SecondConfig(channels=(64, 128, 256), layers=(3, 5, 5), strides=(2, 2, 2)),
+        ),
+        evaluation=DetectionEvalConfig(),
+        optim=replace(tiny.optim, labelled_per_step=8, learning_rate=2e-3),
+    )
+
+
+def large_bevdet() -> Experiment:
+    """Camera student of the demo's --large: ResNet-18 at 704x256, ground of 102.4 m; for one GPU."""
+    tiny = tiny_bevdet()
+    assert tiny.student is not None
+    return replace(
+        tiny,
+        name="large_bevdet",
+        student=replace(
+            tiny.student,
+            grid=BevGrid(cell_m=0.8),
+            image_encoder=ImageEncoderConfig(
+                backbone=ResNetConfig(depth=18), out_channels=256, output_stride=16
+            ),
+            lift=LiftConfig(depth=DepthBins(start_m=1.0, stop_m=60.0, step_m=0.5), channels=80),
+            bev_encoder=BevEncoderConfig(channels=(96, 192, 384), blocks=(2, 2, 2), strides=(1, 2, 2)),
+        ),
+        data=replace(tiny.data, image_size_px=(704, 256), bev_aug=BevAugConfig()),
+        evaluation=DetectionEvalConfig(),
+        optim=replace(tiny.optim, labelled_per_step=8, learning_rate=1e-3),
+        workers=8,
+    )
 
 
 def centerpoint_pillar02() -> Experiment:
@@ -195,6 +236,8 @@ RECIPES: dict[str, Callable[[], Experiment]] = {
         tiny_bevdet_depth,
         tiny_bevdet_from_centerpoint,
         tiny_bevdet_from_unlabelled,
+        large_centerpoint,
+        large_bevdet,
         centerpoint_pillar02,
         bevdet_r50,
         bevdet_r50_from_centerpoint,

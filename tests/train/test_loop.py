@@ -14,7 +14,14 @@ from distillbev.errors import CheckpointError, RunError
 from distillbev.recipes import RECIPES, experiment_from
 from distillbev.train.checkpoint import Checkpoint, load_weights, read_weights
 from distillbev.train.inference import load_trained
-from distillbev.train.loop import StepLog, build_detector, require_finite, train
+from distillbev.train.loop import (
+    StepLog,
+    build_detector,
+    build_objective,
+    require_finite,
+    train,
+    training_loader,
+)
 
 STEPS = 6
 
@@ -160,18 +167,34 @@ def test_every_recipe_builds_on_the_meta_device():
 def test_accumulated_parts_see_the_samples_of_the_whole_step(tiny_root: Path, tmp_path: Path):
     seen = []
     for accumulate in (1, 2):
-        config = experiment(tiny_root, "tiny_bevdet", None, "optim.labelled_per_step=2", f"optim.accumulate={accumulate}")
-        from distillbev.train.loop import training_loader
-
-        tokens = [batch.tokens for batch in training_loader(config, NuScenes(tiny_root))]
-        seen.append([sorted(sum(tokens[i : i + accumulate], [])) for i in range(0, len(tokens), accumulate)])
+        parts = ("optim.labelled_per_step=2", f"optim.accumulate={accumulate}")
+        config = experiment(tiny_root, "tiny_bevdet", None, *parts)
+        tokens = [token for batch in training_loader(config, NuScenes(tiny_root)) for token in batch.tokens]
+        seen.append([sorted(tokens[i : i + 2]) for i in range(0, len(tokens), 2)])
     assert seen[0] == seen[1]
 
 
 def test_batches_move_between_devices_whole(tiny_root: Path):
-    from distillbev.train.loop import training_loader
-
     batch = next(iter(training_loader(experiment(tiny_root), NuScenes(tiny_root))))
     moved = batch.to("cpu")
     assert [field.name for field in dataclasses.fields(moved)] == [f.name for f in dataclasses.fields(batch)]
     assert replace(experiment(tiny_root), seed=4) != experiment(tiny_root)
+
+
+def test_depth_is_learned_without_labels_and_gives_detection_its_start(tiny_root: Path, tmp_path: Path):
+    depth = experiment(
+        tiny_root,
+        "tiny_bevdet_depth",
+        None,
+        "unlabelled_splits=[train]",
+        "labelled_splits=[]",
+        "optim.labelled_per_step=0",
+        "optim.unlabelled_per_step=2",
+    )
+    start = train(depth, tmp_path / "depth", show_progress=False)
+    fresh = build_detector(depth).state_dict()
+    learned = read_weights(start)
+    assert {name for name in fresh if name.startswith("lift.")} <= learned.keys()
+    config = experiment(tiny_root, "tiny_bevdet", None, f"start_weights={start}")
+    objective = build_objective(config)
+    assert all(torch.equal(tensor, learned[name]) for name, tensor in objective.student.state_dict().items())

@@ -7,7 +7,14 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from ..distill.settings import DistillConfig
-from ..recipes import tiny_bevdet, tiny_bevdet_depth, tiny_bevdet_from_centerpoint, tiny_centerpoint
+from ..recipes import (
+    depth_first,
+    large_bevdet,
+    large_centerpoint,
+    tiny_bevdet,
+    tiny_centerpoint,
+    tiny_distillation,
+)
 from ..train.experiment import Experiment
 from ..train.loop import WEIGHTS_FILE
 from .plan import Arm, DemoPlan
@@ -15,17 +22,18 @@ from .plan import Arm, DemoPlan
 LABELLED, UNLABELLED = "labelled", "unlabelled"
 
 
+def base_experiments(plan: DemoPlan) -> tuple[Experiment, Experiment]:
+    """Teacher and student alone, at the plan's size."""
+    if plan.size == "large":
+        return large_centerpoint(), large_bevdet()
+    return tiny_centerpoint(), tiny_bevdet()
+
+
 def depth_experiment(plan: DemoPlan, world: Path) -> Experiment:
     """Where all students start from: depth learned on every recorded frame, which needs no labels."""
-    base = tiny_bevdet_depth()
-    return replace(
-        base,
-        name="depth",
-        data_root=str(world),
-        unlabelled_splits=(LABELLED, UNLABELLED),
-        optim=replace(base.optim, steps=plan.depth_steps),
-        seed=plan.seeds[0],
-    )
+    base = depth_first(base_experiments(plan)[1], (LABELLED, UNLABELLED))
+    optim = replace(base.optim, steps=plan.depth_steps)
+    return replace(base, name="depth", data_root=str(world), optim=optim, seed=plan.seeds[0])
 
 
 def arm_experiment(
@@ -35,50 +43,48 @@ def arm_experiment(
 
     The teacher and the common start are trained once, with the plan's first seed, for the students of all seeds.
     """
-    if arm is Arm.TEACHER:
-        base = tiny_centerpoint()
-        return replace(
-            base,
-            name=str(arm),
-            data_root=str(world),
-            labelled_splits=(LABELLED,),
-            optim=replace(base.optim, steps=plan.teacher_steps),
-            seed=seed,
-        )
-    alone = replace(
-        tiny_bevdet(),
+    teacher, student = base_experiments(plan)
+    steps = plan.teacher_steps if arm is Arm.TEACHER else plan.student_steps
+    base = teacher if arm is Arm.TEACHER else student
+    base = replace(
+        base,
         name=str(arm),
         data_root=str(world),
         labelled_splits=(LABELLED,),
-        start_weights=str(depth_run / WEIGHTS_FILE),
-        optim=replace(tiny_bevdet().optim, steps=plan.student_steps),
+        optim=replace(base.optim, steps=steps),
         seed=seed,
     )
+    if arm is Arm.TEACHER:
+        return base
+    alone = replace(base, start_weights=str(depth_run / WEIGHTS_FILE))
     if arm is Arm.ALONE:
         return alone
     if arm is Arm.ALONE_ALL_LABELS:
         return replace(alone, labelled_splits=(LABELLED, UNLABELLED))
 
-    taught = tiny_bevdet_from_centerpoint()
-    assert taught.distill is not None
     with_head = replace(
         alone,
-        teacher=taught.teacher,
+        teacher=teacher.teacher,
         teacher_weights=str(teacher_run / WEIGHTS_FILE),
         inherit_head=True,
     )
+    distill = demo_distillation(plan)
     if arm is Arm.ALONE_TEACHER_HEAD:
         return with_head
     if arm is Arm.DISTILLED:
-        return replace(with_head, distill=taught.distill)
-    targets_only = DistillConfig(pseudo_labels=taught.distill.pseudo_labels, cache=taught.distill.cache)
+        return replace(with_head, distill=distill)
+    if arm is Arm.TARGETS_UNLABELLED:
+        distill = DistillConfig(pseudo_labels=distill.pseudo_labels, cache=distill.cache)
+    half = with_head.optim.labelled_per_step // 2
     return replace(
         with_head,
-        distill=targets_only if arm is Arm.TARGETS_UNLABELLED else taught.distill,
+        distill=distill,
         unlabelled_splits=(UNLABELLED,),
-        optim=replace(
-            with_head.optim,
-            labelled_per_step=with_head.optim.labelled_per_step // 2,
-            unlabelled_per_step=with_head.optim.labelled_per_step // 2,
-        ),
+        optim=replace(with_head.optim, labelled_per_step=half, unlabelled_per_step=half),
     )
+
+
+def demo_distillation(plan: DemoPlan) -> DistillConfig:
+    """The recipe's imitation; with BEV augmentation, as at the large size, the teacher looks anew each time."""
+    distill = tiny_distillation()
+    return replace(distill, cache=None) if plan.size == "large" else distill
