@@ -4,6 +4,7 @@ The golden's BEV lies in the ego frame, ours in the LiDAR frame: its camera -> e
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -80,7 +81,7 @@ def test_every_layer_gives_what_the_reference_s_gives() -> None:
         "aspp": made.depth_conv[3],
         "dcn": made.depth_conv[4],
     }
-    seen: dict[str, Tensor] = {}
+    seen: dict[str, Any] = {}
     for name, layer in layers.items():
         layer.register_forward_hook(lambda _m, _i, out, name=name: seen.__setitem__(name, out))
     depth, context = made(INPUTS["x"], numbers)

@@ -5,6 +5,7 @@ which every pose goes through. Both frames are lifted with the present cameras, 
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -181,7 +182,7 @@ def test_the_warp_and_its_gradient_are_the_reference_s() -> None:
 
 def test_both_frames_maps_are_the_reference_s_alone_and_joined() -> None:
     detector, (batch, *_) = model(), two_frames()
-    seen: list[tuple[Tensor, Tensor]] = []
+    seen: list[tuple[Any, Any]] = []
     assert detector.fusion is not None
     detector.fusion.blocks.register_forward_hook(lambda _m, given, out: seen.append((given[0], out)))
     output = detector(batch)
