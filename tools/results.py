@@ -27,14 +27,23 @@ def arms_table(summary: dict) -> list[str]:
     ]
     for name, arm in summary["arms"].items():
         seeds = ", ".join(f"{value:.3f}" for value in arm["mAP_by_seed"])
-        cells = [f"`{name}`", f"**{arm['mAP']:.3f}**", interval(*arm["mAP_interval"]), seeds, f"{arm['NDS']:.3f}"]
+        cells = [
+            f"`{name}`",
+            f"**{arm['mAP']:.3f}**",
+            interval(*arm["mAP_interval"]),
+            seeds,
+            f"{arm['NDS']:.3f}",
+        ]
         lines.append("| " + " | ".join([*cells, *(f"{arm['AP'][c]:.3f}" for c in classes)]) + " |")
     return lines
 
 
 def differences_table(summary: dict) -> list[str]:
     """One row per comparison, paired by seed and scene; large and small classes apart."""
-    lines = ["| difference in mAP | mean | 95 % over scenes | by seed | large classes | small classes |", "|---" * 6 + "|"]
+    lines = [
+        "| difference in mAP | mean | 95 % over scenes | by seed | large classes | small classes |",
+        "|---" * 6 + "|",
+    ]
     for d in summary["differences"]:
         small = sum(d["AP"][c] for c in SMALL) / len(SMALL)
         large = sum(v for c, v in d["AP"].items() if c not in SMALL) / (len(d["AP"]) - len(SMALL))
@@ -61,6 +70,6 @@ if __name__ == "__main__":
         path = ROOT / document
         text = path.read_text()
         for name, summary in summaries.items():
-            pattern = rf"(<!-- results: {re.escape(name)} -->\n).*?(\n<!-- end -->)"
-            text = re.sub(pattern, lambda m, s=summary: m[1] + results(s) + m[2], text, flags=re.DOTALL)
+            pattern = rf"(<!-- results: {re.escape(name)} -->\n).*?(<!-- end -->)"
+            text = re.sub(pattern, lambda m, s=summary: f"{m[1]}{results(s)}\n{m[2]}", text, flags=re.DOTALL)
         path.write_text(text)

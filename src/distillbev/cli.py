@@ -112,6 +112,9 @@ def train(
     data: DataRoot,
     out: Out,
     teacher: Annotated[Path | None, typer.Option(help="Run folder of the trained teacher.")] = None,
+    start: Annotated[
+        Path | None, typer.Option(help="Run folder whose weights the student starts from.")
+    ] = None,
     seed: int | None = None,
     overrides: Overrides = [],  # noqa: B006
     resume: Annotated[bool, typer.Option(help="Go on where an interrupted run stopped.")] = True,
@@ -124,7 +127,8 @@ def train(
 
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     logging.getLogger("distillbev").setLevel(logging.INFO)
-    typer.echo(run_training(experiment_from(recipe, data, teacher, seed, overrides), out, resume=resume))
+    experiment = experiment_from(recipe, data, teacher, seed, overrides, start)
+    typer.echo(run_training(experiment, out, resume=resume))
 
 
 @app.command()

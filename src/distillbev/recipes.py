@@ -246,7 +246,12 @@ RECIPES: dict[str, Callable[[], Experiment]] = {
 
 
 def experiment_from(
-    recipe: str, data: Path, teacher: Path | None, seed: int | None, overrides: Sequence[str]
+    recipe: str,
+    data: Path,
+    teacher: Path | None,
+    seed: int | None,
+    overrides: Sequence[str],
+    start: Path | None = None,
 ) -> Experiment:
     """The experiment that a command line asks for: a recipe by name or a file, on this data, with changes.
 
@@ -256,6 +261,7 @@ def experiment_from(
         teacher: run folder of a trained teacher; its own experiment says what it is.
         seed: of initialisation, order and augmentation; the recipe's own if None.
         overrides: `dotted.key=value` texts.
+        start: run folder of a student of the same architecture, whose weights this one starts from.
 
     Raises:
         ConfigError: no such recipe (the nearest names are given), or an override that does not fit.
@@ -272,6 +278,8 @@ def experiment_from(
         experiment = replace(experiment, seed=seed)
     if teacher is not None:
         experiment = with_teacher(experiment, teacher)
+    if start is not None:
+        experiment = replace(experiment, start_weights=str(finished_weights(start)))
     return with_overrides(experiment, overrides)
 
 
