@@ -106,6 +106,42 @@ def inspect(
             typer.echo(path)
 
 
+@app.command("virtual-points")
+def virtual_points(
+    root: Annotated[Path, typer.Argument(help="Folder of a nuScenes dataset, real or simulated.")],
+    masks: Annotated[
+        Path | None,
+        typer.Option(help="Mask files of a 2-D detector (docs/data.md); a world's own if not given."),
+    ] = None,
+    torchvision: Annotated[
+        bool, typer.Option("--torchvision", help="Find masks with Mask R-CNN: 12-14 s per image on a CPU.")
+    ] = False,
+    degraded: Annotated[
+        bool, typer.Option("--degraded", help="Give masks the errors of a 2-D detector.")
+    ] = False,
+    split: Annotated[str | None, typer.Option("--split", help="Split to prepare; all if not given.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder; ROOT/virtual_points if not given.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the pixels drawn.")] = 0,
+    overrides: Overrides = [],  # noqa: B006
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Worker processes; one per core if not given.")
+    ] = None,
+) -> None:
+    """Prepare MVP's virtual points for a whole dataset; goes on where it was stopped."""
+    from .config import with_overrides
+    from .data.instance_masks import MaskErrors
+    from .data.virtual_points import VirtualPointsConfig, prepare_folder
+
+    config = VirtualPointsConfig(seed=seed, mask_errors=MaskErrors() if degraded else None)
+    typer.echo(
+        prepare_folder(
+            root, with_overrides(config, overrides), masks, torchvision, split, out, processes, progress=True
+        )
+    )
+
+
 @app.command()
 def train(
     recipe: Annotated[str, typer.Argument(help="Name of a recipe (see `recipes`), or an experiment.yaml.")],

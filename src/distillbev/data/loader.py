@@ -6,6 +6,7 @@ step from which a run was resumed.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar, cast
@@ -33,8 +34,11 @@ from .images import DecodedImage, load_image
 from .points import load_points
 from .samples import NuScenes
 from .schema import Annotations, Batch, CameraFrame, PastFrames, Sample
+from .virtual_points import VirtualPointsInput, load_mvp_points, require_same_tables
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 # How much of the resolution at the largest scale is decoded. Enlarging by a tenth there cannot be seen, and
 # lets the published scales (0.38 to 0.55) decode at half size, in half the time.
@@ -71,6 +75,7 @@ class DataConfig(Config, frozen=True):
     bev_aug: BevAugConfig | None = None
     cameras: tuple[str, ...] | None = None  # channels, in the order of the batch; None for all of the rig
     num_sweeps: int = 0  # earlier LiDAR sweeps besides the key sweep
+    virtual_points: VirtualPointsInput | None = None  # points then have 17 columns, not 5
     past: PastConfig | None = None  # earlier key frames' images, for detectors with a history
     load_images: bool = True
     load_points: bool = True
@@ -148,6 +153,9 @@ class FrameDataset(Dataset[Batch]):
         self._earlier: dict[str, Sample] = {}  # by token
         self._images: dict[tuple[str, str], DecodedImage | NDArray[np.uint8]] = {}  # by token and channel
         self._points: dict[int, NDArray[np.float32]] = {}
+        self.sweeps_without_virtual_points = 0
+        if config.load_points and config.virtual_points is not None:
+            require_same_tables(nuscenes, nuscenes.root / config.virtual_points.folder)
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -325,9 +333,30 @@ class FrameDataset(Dataset[Batch]):
     def _raw_points(self, index: int, sample: Sample) -> NDArray[np.float32]:
         if index in self._points:
             return self._points[index]
-        points = load_points(sample, self.config.remove_ego_radius_m)
+        if self.config.virtual_points is None:
+            points = load_points(sample, self.config.remove_ego_radius_m)
+        else:
+            points = self._with_virtual_points(sample, self.config.virtual_points)
         if self.cache:
             self._points[index] = points
+        return points
+
+    def _with_virtual_points(self, sample: Sample, source: VirtualPointsInput) -> NDArray[np.float32]:
+        points, num_absent = load_mvp_points(
+            sample,
+            self.nuscenes.root / source.folder,
+            self.config.remove_ego_radius_m,
+            source.absent,
+            source.as_released,
+        )
+        if num_absent and not self.sweeps_without_virtual_points:
+            log.warning(
+                "sample %s: %d earlier sweeps without virtual points (%s); further ones are only counted",
+                sample.token,
+                num_absent,
+                source.absent,
+            )
+        self.sweeps_without_virtual_points += num_absent
         return points
 
     def _target_boxes(self, annotations: Annotations | None, bev_aug: NDArray[np.float64]) -> Boxes3D | None:

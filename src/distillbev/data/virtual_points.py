@@ -11,6 +11,7 @@ the *virtual* points made from that mask, carry the mask's class and score.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import zipfile
 import zlib
@@ -29,7 +30,7 @@ from ..classes import CLASSES
 from ..config import Config, read_config, write_config
 from ..errors import ConfigError, DataError
 from ..geometry import invert_rigid, transform_points
-from .instance_masks import InstanceMasks, MaskErrors, ReadMasks, degrade_masks
+from .instance_masks import InstanceMasks, MaskErrors, MaskFiles, ReadMasks, WorldMasks, degrade_masks
 from .points import read_sweep
 from .samples import NuScenes
 from .schema import LidarSweep, Sample
@@ -43,6 +44,7 @@ MEASURED, COPY, VIRTUAL = 1.0, 0.0, -1.0  # values of the flag
 VIRTUAL_INTENSITY = -1.0
 FILE_VERSION = 1
 SETTINGS_FILE = "virtual_points.yaml"
+ORIGIN_FILE = "made_from.yaml"
 
 AbsentPolicy = Literal["error", "measured_only", "drop_sweep"]
 
@@ -63,6 +65,25 @@ class VirtualPointsConfig(Config, frozen=True):
     def __post_init__(self) -> None:
         if self.points_per_instance < 1:
             raise ConfigError(f"points_per_instance={self.points_per_instance}; expected at least 1")
+
+
+class VirtualPointsOrigin(Config, frozen=True):
+    """What a folder of virtual points was made from: a hash of the tables, and where the masks came from."""
+
+    tables: str
+    masks: str
+
+
+class VirtualPointsInput(Config, frozen=True):
+    """Virtual points as the input of a teacher: samples then have 17 columns.
+
+    `folder` is relative to the root of the dataset. `absent` says what becomes of earlier sweeps without
+    virtual points (masks are usually there for key frames only); the key sweep must have them.
+    """
+
+    folder: str = "virtual_points"
+    absent: AbsentPolicy = "error"
+    as_released: bool = False
 
 
 @dataclass(frozen=True)
@@ -318,9 +339,15 @@ def prepare_virtual_points(
     the seed and its token alone. `read_masks` travels to the workers, so it must be picklable.
 
     Raises:
-        ConfigError: the folder holds virtual points made with other settings.
+        ConfigError: the folder holds virtual points made with other settings or from other tables or masks.
         DataError: as `make_virtual_points`; what is finished stays.
     """
+    origin = VirtualPointsOrigin(tables=tables_fingerprint(nuscenes), masks=type(read_masks).__name__)
+    made_from = folder / ORIGIN_FILE
+    if made_from.exists() and (found := read_config(made_from, VirtualPointsOrigin)) != origin:
+        raise ConfigError(
+            f"{folder} holds virtual points made from {found}, not {origin}; choose another folder"
+        )
     settings = folder / SETTINGS_FILE
     if settings.exists():
         found = read_config(settings, VirtualPointsConfig)
@@ -330,6 +357,7 @@ def prepare_virtual_points(
             )
     folder.mkdir(parents=True, exist_ok=True)
     write_config(config, settings)
+    write_config(origin, made_from)
     chosen = nuscenes.sample_tokens() if tokens is None else list(tokens)
     samples = (nuscenes.sample(token) for token in chosen)
     work = partial(_prepare_frame, read_masks=read_masks, folder=folder, config=config)
@@ -338,6 +366,78 @@ def prepare_virtual_points(
         return
     with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
         yield from pool.map(work, samples, chunksize=4)
+
+
+def prepare_folder(
+    root: Path,
+    config: VirtualPointsConfig,
+    masks: Path | None = None,
+    torchvision: bool = False,
+    split: str | None = None,
+    out: Path | None = None,
+    processes: int | None = None,
+    progress: bool = False,
+) -> Path:
+    """Prepares the virtual points of a dataset; the result is the same whatever the number of processes.
+
+    Args:
+        masks: folder of mask files; a simulated world's own masks if None.
+        torchvision: find the masks with torchvision's Mask R-CNN instead.
+        processes: one per core if None; Mask R-CNN runs in one, which uses all cores.
+
+    Returns:
+        The folder, `ROOT/virtual_points` unless `out` is given.
+
+    Raises:
+        ConfigError, DataError: as `prepare_virtual_points`.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    nuscenes = NuScenes(root)
+    if masks is not None and torchvision:
+        raise ConfigError(f"both mask files ({masks}) and Mask R-CNN were asked for; choose one")
+    read_masks: ReadMasks = WorldMasks(nuscenes.root) if masks is None else MaskFiles(masks)
+    if torchvision:
+        from .mask_rcnn import MaskRcnn
+
+        read_masks = MaskRcnn()
+    workers = 0 if torchvision else (processes or os.cpu_count() or 1)
+    folder = out or nuscenes.root / "virtual_points"
+    tokens = nuscenes.sample_tokens(split)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, disable=not progress) as bar:
+        done = prepare_virtual_points(
+            nuscenes, read_masks, folder, config, tokens, 0 if workers == 1 else workers
+        )
+        for _ in bar.track(done, total=len(tokens), description="virtual points"):
+            pass
+    return folder
+
+
+def tables_fingerprint(nuscenes: NuScenes) -> str:
+    """A hash of the samples' and sensors' tables: other worlds and other calibrations have another."""
+    digest = hashlib.sha256()
+    for name in ("sample", "calibrated_sensor"):
+        digest.update((nuscenes.folder / f"{name}.json").read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def require_same_tables(nuscenes: NuScenes, folder: Path) -> None:
+    """Refuses virtual points that were made for other tables.
+
+    Raises:
+        DataError: there are none, or their tables were others.
+    """
+    again = f"prepare them: distillbev virtual-points {nuscenes.root} --out {folder}"
+    path = folder / ORIGIN_FILE
+    if not path.exists():
+        raise DataError(f"{folder}: no prepared virtual points (no {ORIGIN_FILE}); {again}")
+    found, expected = read_config(path, VirtualPointsOrigin).tables, tables_fingerprint(nuscenes)
+    if found != expected:
+        raise DataError(
+            f"{folder}: virtual points of other tables ({found}) than {nuscenes.folder} ({expected}); "
+            f"delete the folder and {again}"
+        )
 
 
 def _prepare_frame(
