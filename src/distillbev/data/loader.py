@@ -31,10 +31,24 @@ from .augment import (
     plain_image_augmentation,
 )
 from .images import DecodedImage, load_image
+from .object_pasting import (
+    LabelledCloud,
+    ObjectDatabase,
+    ObjectPastingConfig,
+    build_database,
+    database_key,
+    paste_objects,
+    read_database,
+)
 from .points import load_points
 from .samples import NuScenes
 from .schema import Annotations, Batch, CameraFrame, PastFrames, Sample
-from .virtual_points import VirtualPointsInput, load_mvp_points, require_same_tables
+from .virtual_points import (
+    VirtualPointsInput,
+    load_mvp_points,
+    require_same_tables,
+    tables_fingerprint,
+)
 
 T = TypeVar("T")
 
@@ -76,6 +90,7 @@ class DataConfig(Config, frozen=True):
     cameras: tuple[str, ...] | None = None  # channels, in the order of the batch; None for all of the rig
     num_sweeps: int = 0  # earlier LiDAR sweeps besides the key sweep
     virtual_points: VirtualPointsInput | None = None  # points then have 17 columns, not 5
+    object_pasting: ObjectPastingConfig | None = None  # in training, for LiDAR teachers
     past: PastConfig | None = None  # earlier key frames' images, for detectors with a history
     load_images: bool = True
     load_points: bool = True
@@ -87,6 +102,11 @@ class DataConfig(Config, frozen=True):
     def __post_init__(self) -> None:
         if min(self.image_size_px) < 1:
             raise ConfigError(f"image_size_px={self.image_size_px}: width and height must be positive pixels")
+        if self.object_pasting is not None and (self.load_images or not self.load_points):
+            raise ConfigError(
+                "object_pasting puts objects among LiDAR points only; expected load_images=false and "
+                "load_points=true, or object_pasting=null for a detector that sees images"
+            )
         if self.num_sweeps < 0:
             raise ConfigError(
                 f"num_sweeps={self.num_sweeps}: 0 is the key sweep alone, more adds earlier ones"
@@ -156,6 +176,7 @@ class FrameDataset(Dataset[Batch]):
         self.sweeps_without_virtual_points = 0
         if config.load_points and config.virtual_points is not None:
             require_same_tables(nuscenes, nuscenes.root / config.virtual_points.folder)
+        self._objects = self._object_database()
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -169,13 +190,17 @@ class FrameDataset(Dataset[Batch]):
         bev_aug = np.eye(4) if config.bev_aug is None else config.bev_aug.draw(rng).matrix
         image_augs = [self._draw_image_aug(rng, camera) for camera in cameras]
         points = None
+        boxes = self._target_boxes(sample.annotations, bev_aug)
         if config.load_points:
-            points = [torch.from_numpy(augment_points(bev_aug, self._raw_points(index, sample)))]
+            raw_points = self._raw_points(index, sample)
+            if boxes is not None and self._pastes(draw):
+                raw_points, boxes = self._paste(sample, raw_points, boxes, bev_aug, draw)
+            points = [torch.from_numpy(augment_points(bev_aug, raw_points))]
         present = self._seen(sample, cameras, image_augs, bev_aug)
         return replace(
             present,
             points=points,
-            boxes=[self._target_boxes(sample.annotations, bev_aug)],
+            boxes=[boxes],
             past=self._past(present, sample, cameras, image_augs, bev_aug, draw),
         )
 
@@ -358,6 +383,60 @@ class FrameDataset(Dataset[Batch]):
             )
         self.sweeps_without_virtual_points += num_absent
         return points
+
+    def _object_database(self) -> ObjectDatabase | None:
+        """What may be pasted: cut out of the labelled frames, once for each set of frames and settings."""
+        config = self.config
+        pasting = config.object_pasting
+        labelled = [index for index, frame in enumerate(self.frames) if frame.labelled]
+        if pasting is None or not labelled:
+            return None
+        key = database_key(
+            tables_fingerprint(self.nuscenes),
+            [self.frames[index].token for index in labelled],
+            (config.num_sweeps, config.remove_ego_radius_m, config.virtual_points, pasting.min_points),
+        )
+        path = self.nuscenes.root / pasting.folder / key
+        if not path.exists():
+            log.info("cutting the objects of %d frames out for pasting, once: %s", len(labelled), path)
+            build_database(map(self._labelled_cloud, labelled), path, pasting.min_points)
+        return read_database(path)
+
+    def _labelled_cloud(self, index: int) -> LabelledCloud:
+        sample = self._sample(index)
+        assert sample.annotations is not None, sample.token
+        annotations = sample.annotations
+        return LabelledCloud(self._raw_points(index, sample), annotations.boxes, annotations.labels)
+
+    def _pastes(self, draw: int) -> bool:
+        pasting = self.config.object_pasting
+        if pasting is None or self._objects is None:
+            return False
+        return pasting.stop_after_samples is None or draw < pasting.stop_after_samples
+
+    def _paste(
+        self,
+        sample: Sample,
+        points: NDArray[np.float32],
+        boxes: Boxes3D,
+        bev_aug: NDArray[np.float64],
+        draw: int,
+    ) -> tuple[NDArray[np.float32], Boxes3D]:
+        """Points before and boxes after augmentation, with pasted objects."""
+        pasting, objects, annotations = self.config.object_pasting, self._objects, sample.annotations
+        assert pasting is not None and objects is not None and annotations is not None
+        cloud = LabelledCloud(points, annotations.boxes, annotations.labels)
+        # A random state of its own, so that the augmentation is the same with and without pasting.
+        rng = np.random.default_rng([self.seed, draw, 2])
+        cloud, pasted = paste_objects(cloud, objects, pasting.counts, rng)
+        added = objects.boxes[pasted]
+        labels = objects.labels[pasted]
+        if self.config.max_box_distance_m is not None:
+            near = (np.abs(added[:, :2]) <= self.config.max_box_distance_m).all(axis=1)
+            added, labels = added[near], labels[near]
+        moved = torch.from_numpy(augment_boxes(bev_aug, added)).float()
+        both = Boxes3D(torch.cat([boxes.boxes, moved]), torch.cat([boxes.labels, torch.from_numpy(labels)]))
+        return cloud.points, both
 
     def _target_boxes(self, annotations: Annotations | None, bev_aug: NDArray[np.float64]) -> Boxes3D | None:
         if annotations is None:
@@ -639,4 +718,4 @@ def _matrices(matrices: Sequence[NDArray[np.float64]]) -> Tensor:
 
 def _without_augmentation(config: DataConfig) -> DataConfig:
     past = config.past and msgspec.structs.replace(config.past, training_steps=None)
-    return msgspec.structs.replace(config, image_aug=None, bev_aug=None, past=past)
+    return msgspec.structs.replace(config, image_aug=None, bev_aug=None, past=past, object_pasting=None)
