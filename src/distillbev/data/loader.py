@@ -399,14 +399,17 @@ class FrameDataset(Dataset[Batch]):
         path = self.nuscenes.root / pasting.folder / key
         if not path.exists():
             log.info("cutting the objects of %d frames out for pasting, once: %s", len(labelled), path)
-            build_database(map(self._labelled_cloud, labelled), path, pasting.min_points)
+            build_database(self._labelled_clouds(labelled), path, pasting.min_points)
         return read_database(path)
 
-    def _labelled_cloud(self, index: int) -> LabelledCloud:
-        sample = self._sample(index)
-        assert sample.annotations is not None, sample.token
-        annotations = sample.annotations
-        return LabelledCloud(self._raw_points(index, sample), annotations.boxes, annotations.labels)
+    def _labelled_clouds(self, labelled: Sequence[int]) -> Iterator[LabelledCloud]:
+        for number, index in enumerate(labelled):
+            if number and number % 1000 == 0:
+                log.info("objects of %d of %d frames cut out", number, len(labelled))
+            sample = self._sample(index)
+            assert sample.annotations is not None, sample.token
+            annotations = sample.annotations
+            yield LabelledCloud(self._raw_points(index, sample), annotations.boxes, annotations.labels)
 
     def _pastes(self, draw: int) -> bool:
         pasting = self.config.object_pasting
