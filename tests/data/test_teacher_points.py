@@ -106,6 +106,13 @@ def test_a_dataset_without_prepared_points_says_what_to_type(spoilt_root: Path) 
         dataset_of(NuScenes(spoilt_root), DataConfig(load_images=False, virtual_points=VirtualPointsInput()))
 
 
+def test_a_first_try_that_failed_does_not_bind_the_folder(spoilt_root: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="only a world simulated with masks"):
+        prepare_folder(spoilt_root, SETTINGS, processes=1)
+    masks = write_masks(NuScenes(spoilt_root), tmp_path / "masks")
+    assert any(prepare_folder(spoilt_root, SETTINGS, masks, processes=1).glob("*/*.npz"))
+
+
 def test_a_mask_of_another_size_is_told_in_one_line(prepared: NuScenes, tmp_path: Path) -> None:
     sample = prepared.sample(prepared.sample_tokens()[0])
     camera = sample.cameras[0]

@@ -431,12 +431,8 @@ class FrameDataset(Dataset[Batch]):
         cloud = LabelledCloud(points, annotations.boxes, annotations.labels)
         # A random state of its own, so that the augmentation is the same with and without pasting.
         rng = np.random.default_rng([self.seed, draw, 2])
-        cloud, pasted = paste_objects(cloud, objects, pasting.counts, rng)
-        added = objects.boxes[pasted]
-        labels = objects.labels[pasted]
-        if self.config.max_box_distance_m is not None:
-            near = (np.abs(added[:, :2]) <= self.config.max_box_distance_m).all(axis=1)
-            added, labels = added[near], labels[near]
+        cloud, pasted = paste_objects(cloud, objects, pasting.counts, rng, self.config.max_box_distance_m)
+        added, labels = objects.boxes[pasted], objects.labels[pasted]
         moved = torch.from_numpy(augment_boxes(bev_aug, added)).float()
         both = Boxes3D(torch.cat([boxes.boxes, moved]), torch.cat([boxes.labels, torch.from_numpy(labels)]))
         return cloud.points, both

@@ -154,7 +154,11 @@ def read_database(path: Path) -> ObjectDatabase:
 
 
 def paste_objects(
-    cloud: LabelledCloud, database: ObjectDatabase, counts: dict[str, int], rng: np.random.Generator
+    cloud: LabelledCloud,
+    database: ObjectDatabase,
+    counts: dict[str, int],
+    rng: np.random.Generator,
+    max_distance_m: float | None = None,
 ) -> tuple[LabelledCloud, NDArray[np.int64]]:
     """The frame with objects of the database added where they hit no box seen from above.
 
@@ -163,15 +167,19 @@ def paste_objects(
     Args:
         cloud: with the boxes of all its objects, also of those outside the detection classes.
         counts: how many objects of a class the frame should hold.
+        max_distance_m: objects farther along x or y are not pasted.
 
     Returns:
         The frame, its own boxes first. And (m,) the pasted objects' numbers in the database.
     """
     pasted: list[int] = []
     boxes = cloud.boxes
+    near = (np.abs(database.boxes[:, :2]) <= (np.inf if max_distance_m is None else max_distance_m)).all(
+        axis=1
+    )
     for label, name in enumerate(CLASSES):
         lacking = counts.get(name, 0) - int((cloud.labels == label).sum())
-        candidates = np.flatnonzero(database.labels == label)
+        candidates = np.flatnonzero((database.labels == label) & near)
         if lacking <= 0 or len(candidates) == 0:
             continue
         for index in rng.choice(candidates, min(lacking, len(candidates)), replace=False).tolist():
@@ -192,7 +200,8 @@ def paste_objects(
 def points_in_box(points: NDArray[np.float32], box: NDArray[np.float64]) -> NDArray[np.bool_]:
     """(P,) which points an upright box (as BOX_FIELDS) holds, faces included."""
     offset = points[:, :3] - box[:3]
-    inside = (np.abs(offset) <= np.linalg.norm(box[3:6]) / 2).all(axis=1)  # most fall out here
+    radius = float(np.linalg.norm(box[3:6])) / 2
+    inside: NDArray[np.bool_] = np.all(np.abs(offset) <= radius, axis=1)  # most fall out here
     near = offset[inside] @ rotation_about_z(box[6])
     inside[inside] = (np.abs(near) <= box[3:6] / 2).all(axis=1)
     return inside

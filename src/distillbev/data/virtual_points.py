@@ -344,12 +344,17 @@ def prepare_virtual_points(
     """
     origin = VirtualPointsOrigin(tables=tables_fingerprint(nuscenes), masks=type(read_masks).__name__)
     made_from = folder / ORIGIN_FILE
-    if made_from.exists() and (found := read_config(made_from, VirtualPointsOrigin)) != origin:
+    holds_points = any(folder.glob("*/*.npz"))  # a first try that failed at once binds nobody
+    if (
+        holds_points
+        and made_from.exists()
+        and (found := read_config(made_from, VirtualPointsOrigin)) != origin
+    ):
         raise ConfigError(
             f"{folder} holds virtual points made from {found}, not {origin}; choose another folder"
         )
     settings = folder / SETTINGS_FILE
-    if settings.exists():
+    if holds_points and settings.exists():
         found = read_config(settings, VirtualPointsConfig)
         if found != config:
             raise ConfigError(
