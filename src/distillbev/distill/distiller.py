@@ -32,6 +32,7 @@ from .masks import (
     split_regions,
     target_heat,
 )
+from .response import response_terms
 from .settings import (
     DistillConfig,
     PseudoLabelConfig,
@@ -177,6 +178,7 @@ class Distiller(nn.Module):
             names=tuple({tap.teacher: None for tap in config.taps}),
             with_heat="heat" in sources,
             cache=TeacherCache(config.cache) if config.cache is not None else None,
+            with_heads=config.response is not None,
         )
         self._last: tuple[dict[str, Tensor], list[Tensor]] | None = None
 
@@ -219,7 +221,7 @@ class Distiller(nn.Module):
             step: the training step; needed only where a term has a start step.
 
         Returns:
-            The student's own terms, and "imitate/<student map>/<term>" for every tap.
+            The student's own terms, "imitate/<student map>/<term>" for every tap, and "imitate/response/<term>".
 
         Raises:
             ConfigError: a map is absent, or maps of a tap cover different ground.
@@ -237,11 +239,13 @@ class Distiller(nn.Module):
         """The same for a student output that is at hand."""
         if self.config.has_schedule and step is None:
             raise ConfigError(
-                "a term has a start_step, so the training step must be given: distiller(batch, step)"
+                "a term has a start_step or imitation fades, so the training step must be given: "
+                "distiller(batch, step)"
             )
         pseudo = self.config.pseudo_labels
         labelled = [boxes is not None for boxes in batch.boxes]
-        used = all(labelled) or pseudo.as_targets or (pseudo.imitate and self.taps)
+        imitates = bool(self.taps) or self.config.response is not None
+        used = all(labelled) or pseudo.as_targets or (pseudo.imitate and imitates)
         if not used and not any(labelled):
             raise DataError(
                 f"samples {batch.tokens} are unlabelled and pseudo_labels uses no unlabelled frame; "
@@ -250,14 +254,19 @@ class Distiller(nn.Module):
 
         need_detections = self._decode_all or (not all(labelled) and bool(used))
         view = TeacherView({})
-        if self.taps or need_detections:
+        if imitates or need_detections:
             view = self._held.look(batch, detections=need_detections)
         boxes = self._boxes(batch, view)
         losses = self._detection_losses(output, batch, boxes, labelled)
+        takes_part = torch.tensor([known or pseudo.imitate for known in labelled])
         if self.taps:
-            takes_part = torch.tensor([known or pseudo.imitate for known in labelled])
             regions = self.regions(boxes, view, step)
             losses |= self.imitation(self.student_maps(output), view.bev, regions, takes_part, step)
+        if self.config.response is not None:
+            terms = response_terms(output.heads, view.heads or [], self.config.response)
+            fade = self.config.fade(step)
+            for name, per_sample in terms.items():
+                losses[f"imitate/response/{name}"] = fade * mean_over(takes_part, per_sample)
         return losses
 
     def _boxes(self, batch: Batch, view: TeacherView) -> list[Boxes3D]:
@@ -336,12 +345,8 @@ class Distiller(nn.Module):
                 )
             terms = tap(student.features, teacher.features, where, self.config.reduction, step)
             for name, per_sample in terms.items():
-                share = torch.full_like(per_sample, 1 / len(per_sample))
-                if takes_part is not None:
-                    part = takes_part.to(per_sample)
-                    share = part / part.sum().clamp(min=1)
-                weight = self.config.weight * config.terms[name].weight
-                losses[f"imitate/{config.student}/{name}"] = weight * (per_sample * share).sum()
+                weight = self.config.weight * config.terms[name].weight * self.config.fade(step)
+                losses[f"imitate/{config.student}/{name}"] = weight * mean_over(takes_part, per_sample)
         return losses
 
     @torch.no_grad()
@@ -390,6 +395,14 @@ def gradient_norms(losses: Mapping[str, Tensor], maps: Sequence[Tensor]) -> dict
             gradients = torch.autograd.grad(loss, watched, retain_graph=True, allow_unused=True)
         norms[name] = float(sum(g.float().square().sum() for g in gradients if g is not None)) ** 0.5
     return norms
+
+
+def mean_over(takes_part: Tensor | None, per_sample: Tensor) -> Tensor:
+    """Mean of the (B,) values of the samples that take part; of all where None."""
+    if takes_part is None:
+        return per_sample.mean()
+    part = takes_part.to(per_sample)
+    return (per_sample * part).sum() / part.sum().clamp(min=1)
 
 
 def confident(detections: Boxes3D, config: PseudoLabelConfig) -> Boxes3D:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -11,6 +12,7 @@ from ..errors import ConfigError
 from .adapters import AdapterConfig, ConvAdapterConfig, LayeredAdapterConfig
 from .attention import AttentionConfig
 from .masks import RegionConfig
+from .response import ResponseConfig
 from .teacher import TeacherCacheConfig
 from .terms import ChannelStandardiseConfig, NormaliseConfig, Reduction
 
@@ -112,10 +114,16 @@ class PseudoLabelConfig(Config, frozen=True):
 
 
 class DistillConfig(Config, frozen=True):
-    """Everything that a student learns from its teacher. Without taps only the teacher's boxes are used."""
+    """Everything that a student learns from its teacher. Without taps only the teacher's boxes are used.
+
+    `fade_steps`: imitation and response fall to nothing over that many training steps (half a cosine), so that
+    the student ends with its own task; None for constant weights.
+    """
 
     taps: tuple[TapConfig, ...] = ()
     weight: float = 1.0
+    response: ResponseConfig | None = None
+    fade_steps: int | None = None
     regions: RegionConfig = RegionConfig()
     reduction: Reduction = "mean"
     pseudo_labels: PseudoLabelConfig = PseudoLabelConfig()
@@ -129,11 +137,21 @@ class DistillConfig(Config, frozen=True):
             raise ConfigError(
                 f"weight={self.weight}; choose a positive weight, or no taps to switch imitation off"
             )
+        if self.fade_steps is not None and self.fade_steps < 1:
+            raise ConfigError(f"fade_steps={self.fade_steps}; choose 1 or more, or null for constant weights")
 
     @property
     def has_schedule(self) -> bool:
-        """Whether any term starts later than training does."""
-        return any(term.start_step > 0 for tap in self.taps for term in tap.terms.values())
+        """Whether any term starts later than training does, or fades."""
+        return self.fade_steps is not None or any(
+            term.start_step > 0 for tap in self.taps for term in tap.terms.values()
+        )
+
+    def fade(self, step: int | None) -> float:
+        """The share of imitation that is left at a training step."""
+        if self.fade_steps is None or step is None:
+            return 1.0
+        return 0.5 * (1 + math.cos(math.pi * min(step / self.fade_steps, 1.0)))
 
 
 def released_bevdepth4d() -> DistillConfig:

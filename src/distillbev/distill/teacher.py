@@ -58,11 +58,12 @@ def take_from_batch(batch: Batch, indices: list[int]) -> Batch:
 
 @dataclass
 class TeacherView:
-    """What the teacher says about a batch: maps, the highest class score of each cell, detections."""
+    """What the teacher says about a batch: maps, the highest class score of each cell, detections, head maps."""
 
     bev: dict[str, BevMap]
     heat: Tensor | None = None  # (B, 1, Y, X) in [0, 1]
     detections: list[Boxes3D] | None = None
+    heads: list[dict[str, Tensor]] | None = None
 
 
 class TeacherCacheConfig(Config, frozen=True):
@@ -94,16 +95,17 @@ class TeacherCache:
 
     def put(self, token: str, view: TeacherView) -> TeacherView:
         """Takes in the answer for one frame, (1, ...) tensors, if there is room; gives it back as kept."""
-        bev = {}
-        for name, level in view.bev.items():
-            half = level.features.float().clamp(-HALF_MAX, HALF_MAX).half().cpu()
-            bev[name] = BevMap(half, level.grid)
+        bev = {name: BevMap(_halved(level.features), level.grid) for name, level in view.bev.items()}
+        heads = None
+        if view.heads is not None:
+            heads = [{name: _halved(maps) for name, maps in task.items()} for task in view.heads]
         heat = None if view.heat is None else view.heat.cpu()
         detections = None if view.detections is None else [boxes.to("cpu") for boxes in view.detections]
         size = sum(level.features.nbytes for level in bev.values()) + (0 if heat is None else heat.nbytes)
+        size += sum(maps.nbytes for task in heads or [] for maps in task.values())
         if token in self.entries:
             size = 0  # the same maps, now with detections
-        entry = TeacherView(bev, heat, detections)
+        entry = TeacherView(bev, heat, detections, heads)
         if self.num_bytes + size <= self.max_bytes:
             self.entries[token] = entry
             self.num_bytes += size
@@ -120,11 +122,13 @@ class HeldTeacher:
         names: Sequence[str],
         with_heat: bool,
         cache: TeacherCache | None,
+        with_heads: bool = False,
     ) -> None:
         self.module = module.eval().requires_grad_(False)
         self.fetch = fetch
         self.names = names
         self.with_heat = with_heat
+        self.with_heads = with_heads
         self.cache = cache
 
     @torch.no_grad()
@@ -166,15 +170,16 @@ class HeldTeacher:
                 "a tap asks for false positives from the teacher's heat map, but its head has none; "
                 'choose source="boxes", or leave false_positive out'
             )
+        heads = list(output.heads) if self.with_heads else None
         if not detections:
-            return TeacherView(bev, heat)
+            return TeacherView(bev, heat, heads=heads)
         decode = getattr(self.module, "decode", None)
         if decode is None:
             raise ConfigError(
                 f"unlabelled frames need the teacher's detections, but {type(self.module).__name__} has no "
                 "decode(output); give one that returns a Boxes3D per sample, or label the frames"
             )
-        return TeacherView(bev, heat, decode(output))
+        return TeacherView(bev, heat, decode(output), heads)
 
 
 def named_map(maps: Mapping[str, BevMap], name: str, whose: str) -> BevMap:
@@ -197,8 +202,20 @@ def _join(samples: list[TeacherView], device: torch.device) -> TeacherView:
         bev[name] = BevMap(torch.cat(features), level.grid)
     heats = [sample.heat.to(device) for sample in samples if sample.heat is not None]
     detections = [boxes.to(device) for sample in samples for boxes in sample.detections or []]
+    heads = None
+    if first.heads is not None:
+        tasks = zip(*(sample.heads or [] for sample in samples), strict=True)
+        heads = [
+            {name: torch.cat([maps[name].to(device).float() for maps in task]) for name in task[0]}
+            for task in tasks
+        ]
     return TeacherView(
         bev,
         torch.cat(heats) if first.heat is not None else None,
         detections if first.detections is not None else None,
+        heads,
     )
+
+
+def _halved(features: Tensor) -> Tensor:
+    return features.float().clamp(-HALF_MAX, HALF_MAX).half().cpu()

@@ -370,10 +370,14 @@ class BevFormer(nn.Module):
     def forward(self, batch: Batch, history: BevHistory | None = None) -> DetectorOutput:
         """Reads `batch.images`, cameras and poses, and the history if there is one.
 
+        Without a history, the batch's earlier frames are gone through first, if it has any.
+
         Raises:
             DataError: no images, more cameras than the model knows, or a history that is not the frame
             before's.
         """
+        if history is None and batch.past is not None:
+            history = self.remember_past(batch.past.frames[::-1], first_own_frame(batch.past.gaps_s))
         bev = self.bev(batch, history)
         return DetectorOutput(bev={"head": BevMap(bev, self.config.grid)}, queries=self.head(bev))
 
@@ -437,6 +441,15 @@ class BevFormer(nn.Module):
         """Detections of every sample, in the LiDAR frame of the batch."""
         assert output.queries is not None
         return self.head.decode(output.queries)
+
+
+def first_own_frame(gaps_s: Tensor) -> Tensor:
+    """(B, F) gaps of earlier frames, new to old -> (B,) index, old to new, of the first that is no stand-in.
+
+    Where a scene begins later, its oldest frame is repeated, and at its very start the present one (gap 0).
+    """
+    before = torch.cat([torch.zeros_like(gaps_s[:, :1]), gaps_s[:, :-1]], dim=1)
+    return gaps_s.shape[1] - (gaps_s > before).sum(dim=1)
 
 
 def make_deformable(stage: nn.Sequential) -> None:

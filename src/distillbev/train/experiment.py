@@ -9,7 +9,7 @@ from ..distill.distiller import DistillConfig
 from ..errors import ConfigError
 from ..evaluation.metrics import DetectionEvalConfig
 from ..models.bevdet import BevDetConfig
-from ..models.centerpoint import CenterPointConfig
+from ..models.detectors import StudentConfig, TeacherConfig
 from .schedule import ScheduleConfig
 
 
@@ -79,8 +79,8 @@ class Experiment(Config, frozen=True):
     """
 
     name: str
-    teacher: CenterPointConfig | None = None
-    student: BevDetConfig | None = None
+    teacher: TeacherConfig | None = None
+    student: StudentConfig | None = None
     distill: DistillConfig | None = None
     teacher_weights: str | None = None
     task: Literal["detection", "depth"] = "detection"
@@ -114,8 +114,11 @@ class Experiment(Config, frozen=True):
                 f"unlabelled_per_step={self.optim.unlabelled_per_step} with unlabelled_splits="
                 f"{list(self.unlabelled_splits)}; give both or neither"
             )
-        if self.task == "depth" and (self.student is None or self.student.depth_loss is None):
-            raise ConfigError(f"experiment {self.name!r} learns depth; set `student.depth_loss`")
+        lifts = isinstance(self.student, BevDetConfig) and self.student.depth_loss is not None
+        if self.task == "depth" and not lifts:
+            raise ConfigError(
+                f"experiment {self.name!r} learns depth; choose a BevDet student and set `student.depth_loss`"
+            )
         if self.unlabelled_splits and self.distill is None and self.task == "detection":
             raise ConfigError("unlabelled frames teach nothing without a teacher; set `distill` or drop them")
 

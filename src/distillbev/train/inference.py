@@ -14,8 +14,7 @@ from ..config import read_config
 from ..data.loader import FrameDataset, frames_of_tokens, make_inference_loader
 from ..data.samples import NuScenes
 from ..errors import RunError
-from ..models.bevdet import BevDet
-from ..models.centerpoint import CenterPoint
+from ..models.detectors import Student, Teacher
 from .checkpoint import load_weights
 from .experiment import Experiment
 from .loop import WEIGHTS_FILE, autocast, build_detector
@@ -43,7 +42,7 @@ def finished_weights(run: Path) -> Path:
     return run / WEIGHTS_FILE
 
 
-def load_trained(run: Path, device: torch.device | str = "cpu") -> tuple[Experiment, BevDet | CenterPoint]:
+def load_trained(run: Path, device: torch.device | str = "cpu") -> tuple[Experiment, Student | Teacher]:
     """The trained detector of a run folder, ready for use.
 
     Raises:
@@ -59,7 +58,7 @@ def load_trained(run: Path, device: torch.device | str = "cpu") -> tuple[Experim
 @torch.inference_mode()
 def detect(
     experiment: Experiment,
-    detector: BevDet | CenterPoint,
+    detector: Student | Teacher,
     nuscenes: NuScenes,
     tokens: Sequence[str],
     batch_size: int = 4,

@@ -26,7 +26,7 @@ from ..data.schema import Batch
 from ..distill.distiller import Distiller, inherit_head
 from ..errors import RunError
 from ..models.bevdet import BevDet
-from ..models.centerpoint import CenterPoint
+from ..models.detectors import Student, Teacher, build_student, build_teacher
 from .checkpoint import Checkpoint, load_weights, save_weights
 from .environment import describe_environment
 from .experiment import Experiment
@@ -41,7 +41,7 @@ ADAPTERS_FILE = "adapters.safetensors"  # what learns beside the student and is 
 class DetectionObjective(nn.Module):
     """What a detector without a teacher minimises: its own detection loss."""
 
-    def __init__(self, detector: BevDet | CenterPoint) -> None:
+    def __init__(self, detector: Student | Teacher) -> None:
         super().__init__()
         self.student = detector
 
@@ -63,15 +63,15 @@ class DepthObjective(nn.Module):
         return {"depth": self.student.loss_of_depth(depth_logits, batch, config)}
 
 
-def build_detector(experiment: Experiment) -> BevDet | CenterPoint:
+def build_detector(experiment: Experiment) -> Student | Teacher:
     """The detector that the experiment trains, with fresh weights."""
     if experiment.student is not None:
-        return BevDet(experiment.student)
+        return build_student(experiment.student)
     assert experiment.teacher is not None
-    return CenterPoint(experiment.teacher)
+    return build_teacher(experiment.teacher)
 
 
-def load_teacher(experiment: Experiment) -> CenterPoint:
+def load_teacher(experiment: Experiment) -> Teacher:
     """The trained teacher of an experiment, in eval mode.
 
     Raises:
@@ -83,7 +83,7 @@ def load_teacher(experiment: Experiment) -> CenterPoint:
             f"experiment {experiment.name!r} needs a trained teacher, found none; "
             "train one first and give its run folder with --teacher"
         )
-    teacher = CenterPoint(experiment.teacher)
+    teacher = build_teacher(experiment.teacher)
     load_weights(teacher, Path(experiment.teacher_weights))
     return teacher.eval()
 
@@ -95,7 +95,7 @@ def build_objective(experiment: Experiment) -> DetectionObjective | DepthObjecti
     backbone's, its teacher's head.
     """
     detector = build_detector(experiment)
-    if isinstance(detector, BevDet) and (report := detector.image_encoder.load_backbone_weights()):
+    if isinstance(detector, Student) and (report := detector.image_encoder.load_backbone_weights()):
         logger.info("image backbone: %s", report)
     if experiment.start_weights is not None:
         load_weights(detector, Path(experiment.start_weights))
