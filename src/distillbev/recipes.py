@@ -15,6 +15,7 @@ from msgspec.structs import replace
 from .config import read_config, with_overrides
 from .data.augment import BevAugConfig, ImageAugConfig
 from .data.loader import DataConfig
+from .distill.response import ResponseConfig
 from .distill.settings import DistillConfig, clean, released_bevdepth4d
 from .distill.teacher import TeacherCacheConfig
 from .errors import ConfigError
@@ -131,7 +132,11 @@ def tiny_bevdet_from_unlabelled() -> Experiment:
 
 def tiny_distillation() -> DistillConfig:
     """Imitation as the demo uses it; how it was chosen stands in docs/experiments.md."""
-    return replace(clean(("head",), weight=0.01), cache=TeacherCacheConfig())
+    return replace(
+        clean(("head",), weight=0.003),
+        response=ResponseConfig(heatmap=3.0, boxes=0.5),
+        cache=TeacherCacheConfig(),
+    )
 
 
 def large_centerpoint() -> Experiment:
