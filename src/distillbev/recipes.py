@@ -13,28 +13,34 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from .config import read_config, with_overrides
-from .data.augment import BevAugConfig, ImageAugConfig
-from .data.loader import DataConfig
+from .data.augment import BevAugConfig
+from .data.loader import DataConfig, PastConfig
 from .distill.response import ResponseConfig
-from .distill.settings import DistillConfig, clean, released_bevdepth4d
+from .distill.settings import HALO_IGNORED, DistillConfig, clean
 from .distill.teacher import TeacherCacheConfig
 from .errors import ConfigError
 from .evaluation.metrics import DetectionEvalConfig
 from .grid import BevGrid
-from .models.bev_encoder import BevEncoderConfig, LssNeckConfig, TopDownNeckConfig
+from .models.bev_encoder import BevEncoderConfig, TopDownNeckConfig
 from .models.bevdet import BevDetConfig
+from .models.bevformer import BevFormerConfig, EncoderConfig, ImagePyramidConfig
 from .models.center_head import CenterHeadConfig
 from .models.centerpoint import CenterPointConfig
+from .models.depth_net import ReleaseDepthNetConfig
+from .models.history import HistoryConfig
 from .models.image_encoder import ImageEncoderConfig, PlainCnnConfig, ResNetConfig
+from .models.lidar_query_teacher import LidarQueryTeacherConfig, QueryEncoderConfig
 from .models.lift import DepthBins, DepthLossConfig, LiftConfig
 from .models.nms import CircleNms
 from .models.pillars import DynamicPillarsConfig
+from .models.query_head import QueryHeadConfig
 from .models.second import SecondConfig
-from .train.experiment import Experiment, LogConfig, OptimConfig
+from .published import PUBLISHED, VIRTUAL, taught_by
+from .train.experiment import Experiment, OptimConfig
 from .train.inference import finished_weights, read_run
-from .train.schedule import ScheduleConfig
 
 TINY_RANGE_M = (-25.6, 25.6)
+TINY_QUERY_GRID = BevGrid(x_range_m=TINY_RANGE_M, y_range_m=TINY_RANGE_M, cell_m=1.6)
 TINY_TEACHER_AUG = BevAugConfig(rotation_rad=(-0.4, 0.4), scale=(0.95, 1.05))
 
 
@@ -139,6 +145,138 @@ def tiny_distillation() -> DistillConfig:
     )
 
 
+def tiny_mvp() -> Experiment:
+    """The tiny teacher on virtual points; run `distillbev virtual-points` on the dataset first."""
+    base = tiny_centerpoint()
+    assert isinstance(base.teacher, CenterPointConfig)
+    pillars = replace(base.teacher.pillars, point_features=17, virtual_flag_column=15)
+    data = replace(base.data, virtual_points=VIRTUAL)
+    return replace(base, name="tiny_mvp", teacher=replace(base.teacher, pillars=pillars), data=data)
+
+
+def tiny_bevdet_from_mvp() -> Experiment:
+    """The tiny BEVDet, imitating `tiny_mvp`."""
+    return taught_by(tiny_bevdet(), tiny_mvp(), tiny_distillation(), "tiny_bevdet_from_mvp")
+
+
+def tiny_bevdet4d() -> Experiment:
+    """The tiny student with the map of the key frame before."""
+    base = tiny_bevdet()
+    assert base.student is not None
+    student = replace(base.student, history=HistoryConfig(blocks=1))
+    return replace(base, name="tiny_bevdet4d", student=student, data=replace(base.data, past=PastConfig()))
+
+
+def tiny_bevdet4d_from_centerpoint() -> Experiment:
+    """The tiny BEVDet4D, imitating `tiny_centerpoint`."""
+    return taught_by(
+        tiny_bevdet4d(), tiny_centerpoint(), tiny_distillation(), "tiny_bevdet4d_from_centerpoint"
+    )
+
+
+def tiny_bevdet4d_from_mvp() -> Experiment:
+    """The tiny BEVDet4D, imitating `tiny_mvp`."""
+    return taught_by(tiny_bevdet4d(), tiny_mvp(), tiny_distillation(), "tiny_bevdet4d_from_mvp")
+
+
+def tiny_bevdepth() -> Experiment:
+    """The tiny BEVDet4D with a depth net that knows the cameras."""
+    base = tiny_bevdet4d()
+    assert isinstance(base.student, BevDetConfig)
+    lift = replace(base.student.lift, depth_net=ReleaseDepthNetConfig(mid_channels=64))
+    return replace(base, name="tiny_bevdepth", student=replace(base.student, lift=lift))
+
+
+def tiny_bevdepth_from_centerpoint() -> Experiment:
+    """The tiny BEVDepth, imitating `tiny_centerpoint`."""
+    return taught_by(
+        tiny_bevdepth(), tiny_centerpoint(), tiny_distillation(), "tiny_bevdepth_from_centerpoint"
+    )
+
+
+def tiny_bevdepth_from_mvp() -> Experiment:
+    """The tiny BEVDepth, imitating `tiny_mvp`."""
+    return taught_by(tiny_bevdepth(), tiny_mvp(), tiny_distillation(), "tiny_bevdepth_from_mvp")
+
+
+def tiny_queries() -> QueryHeadConfig:
+    """Sixty queries and two layers, shared by the tiny query teacher and BEVFormer."""
+    return QueryHeadConfig(
+        num_queries=60, layers=2, heads=4, ffn_channels=128, dropout=0.0, max_detections=60
+    )
+
+
+def tiny_lidarformer() -> Experiment:
+    """The tiny LiDAR teacher with a query head, on the grid of `tiny_bevformer`."""
+    base = tiny_centerpoint()
+    assert isinstance(base.teacher, CenterPointConfig)
+    teacher = LidarQueryTeacherConfig(
+        grid=TINY_QUERY_GRID,
+        voxel_grid=base.teacher.grid,
+        points=base.teacher.pillars,
+        backbone=base.teacher.backbone,
+        levels=3,
+        channels=64,
+        encoder=QueryEncoderConfig(layers=1, heads=4, ffn_channels=128, dropout=0.0),
+        head=tiny_queries(),
+        norm_momentum=0.1,
+    )
+    return replace(
+        base, name="tiny_lidarformer", teacher=teacher, optim=replace(base.optim, learning_rate=1e-3)
+    )
+
+
+def tiny_mvpformer() -> Experiment:
+    """The same on virtual points; run `distillbev virtual-points` on the dataset first."""
+    base, mvp = tiny_lidarformer(), tiny_mvp()
+    assert isinstance(base.teacher, LidarQueryTeacherConfig) and isinstance(mvp.teacher, CenterPointConfig)
+    teacher = replace(base.teacher, points=mvp.teacher.pillars)
+    data = replace(base.data, virtual_points=VIRTUAL)
+    return replace(base, name="tiny_mvpformer", teacher=teacher, data=data)
+
+
+def tiny_bevformer() -> Experiment:
+    """A tiny BEVFormer, one key frame before; queries learn slowly, so give it time."""
+    base = tiny_bevdet()
+    assert isinstance(base.student, BevDetConfig)
+    student = BevFormerConfig(
+        grid=TINY_QUERY_GRID,
+        image_encoder=ImagePyramidConfig(backbone=PlainCnnConfig(widths=(16, 32, 64, 128)), strides=(8, 16)),
+        channels=64,
+        encoder=EncoderConfig(layers=2, heads=4, ffn_channels=128, dropout=0.0),
+        head=tiny_queries(),
+    )
+    data = replace(base.data, past=PastConfig(), load_points=False)
+    return replace(
+        base, name="tiny_bevformer", student=student, data=data, optim=replace(base.optim, learning_rate=1e-3)
+    )
+
+
+def tiny_bevformer_from_lidarformer() -> Experiment:
+    """The tiny BEVFormer, imitating `tiny_lidarformer`."""
+    return taught_by(
+        tiny_bevformer(), tiny_lidarformer(), tiny_query_distillation(), "tiny_bevformer_from_lidarformer"
+    )
+
+
+def tiny_bevformer_from_mvpformer() -> Experiment:
+    """The tiny BEVFormer, imitating `tiny_mvpformer`."""
+    return taught_by(
+        tiny_bevformer(), tiny_mvpformer(), tiny_query_distillation(), "tiny_bevformer_from_mvpformer"
+    )
+
+
+def tiny_query_distillation() -> DistillConfig:
+    """Imitation of a teacher without heat maps: its features, at objects and elsewhere."""
+    (head,) = clean(("head",)).taps
+    return DistillConfig(
+        taps=(replace(head, false_positive=None),),
+        weight=0.01,
+        regions=HALO_IGNORED,
+        cache=TeacherCacheConfig(),
+    )
+
+
 def large_centerpoint() -> Experiment:
     """LiDAR teacher of the demo's --large: 0.4 m pillars, ground of 102.4 m; for one GPU."""
     tiny = tiny_centerpoint()
@@ -180,64 +318,6 @@ def large_bevdet() -> Experiment:
     )
 
 
-def centerpoint_pillar02() -> Experiment:
-    """LiDAR teacher at full size: the published CenterPoint with 0.2 m pillars, 10 sweeps."""
-    return Experiment(
-        name="centerpoint_pillar02",
-        teacher=CenterPointConfig(),
-        data=DataConfig(load_images=False, bev_aug=BevAugConfig(), num_sweeps=9, max_box_distance_m=51.2),
-        optim=OptimConfig(
-            steps=20 * 28130 // 32,  # 20 epochs of trainval, 8 devices of 4
-            labelled_per_step=32,
-            learning_rate=1e-3,
-            schedule=ScheduleConfig(shape="one_cycle", warmup_share=0.4, start_factor=0.1, final_factor=1e-4),
-            clip_norm=35.0,
-            class_balanced=True,
-        ),
-        log=LogConfig(log_every=50, checkpoint_every=2000),
-        workers=4,
-    )
-
-
-def bevdet_r50() -> Experiment:
-    """Camera student at full size: BEVDet with ResNet-50 at 704x256, alone."""
-    return Experiment(
-        name="bevdet_r50",
-        student=BevDetConfig(bev_neck=LssNeckConfig(extra_norm_act=True)),
-        data=DataConfig(
-            image_size_px=(704, 256),
-            image_resize_offset=0.04,
-            image_aug=ImageAugConfig(),
-            bev_aug=BevAugConfig(),
-            load_points=False,
-            max_box_distance_m=51.2,
-        ),
-        optim=OptimConfig(
-            steps=24 * 28130 // 64,  # 24 epochs of trainval, 8 devices of 8
-            labelled_per_step=64,
-            learning_rate=2e-4,
-            schedule=ScheduleConfig(shape="step", warmup_share=0.047, start_factor=1e-3),
-            clip_norm=5.0,
-            class_balanced=True,
-        ),
-        log=LogConfig(log_every=50, checkpoint_every=1000),
-        workers=4,
-    )
-
-
-def bevdet_r50_from_centerpoint() -> Experiment:
-    """The published distillation: BEVDet-R50 from CenterPoint, settings of the release's launch scripts."""
-    alone = bevdet_r50()
-    return replace(
-        alone,
-        name="bevdet_r50_from_centerpoint",
-        teacher=centerpoint_pillar02().teacher,
-        distill=released_bevdepth4d(),
-        inherit_head=True,
-        data=replace(alone.data, load_points=True, num_sweeps=9),
-    )
-
-
 RECIPES: dict[str, Callable[[], Experiment]] = {
     recipe.__name__: recipe
     for recipe in (
@@ -248,9 +328,20 @@ RECIPES: dict[str, Callable[[], Experiment]] = {
         tiny_bevdet_from_unlabelled,
         large_centerpoint,
         large_bevdet,
-        centerpoint_pillar02,
-        bevdet_r50,
-        bevdet_r50_from_centerpoint,
+        tiny_bevdet4d,
+        tiny_bevdet4d_from_centerpoint,
+        tiny_bevdet4d_from_mvp,
+        tiny_bevdepth,
+        tiny_bevdepth_from_centerpoint,
+        tiny_bevdepth_from_mvp,
+        tiny_bevdet_from_mvp,
+        tiny_mvp,
+        tiny_lidarformer,
+        tiny_mvpformer,
+        tiny_bevformer,
+        tiny_bevformer_from_lidarformer,
+        tiny_bevformer_from_mvpformer,
+        *PUBLISHED,
     )
 }
 
@@ -294,7 +385,7 @@ def experiment_from(
 
 
 def with_teacher(experiment: Experiment, run: Path) -> Experiment:
-    """The experiment, its teacher being the one trained in this run folder, on as many sweeps as there.
+    """The experiment, its teacher being the one trained in this run folder, on the points that it was trained on.
 
     Raises:
         ConfigError: the run trained no teacher, or the experiment takes none.
@@ -311,5 +402,10 @@ def with_teacher(experiment: Experiment, run: Path) -> Experiment:
         experiment,
         teacher=trained.teacher,
         teacher_weights=str(finished_weights(run)),
-        data=replace(experiment.data, load_points=True, num_sweeps=trained.data.num_sweeps),
+        data=replace(
+            experiment.data,
+            load_points=True,
+            num_sweeps=trained.data.num_sweeps,
+            virtual_points=trained.data.virtual_points,
+        ),
     )
