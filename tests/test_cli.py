@@ -109,7 +109,7 @@ def test_help_of_every_command_answers_without_torch():
     code = """
 import sys
 from distillbev.cli import app
-for name in ("", *(command.callback.__name__ for command in app.registered_commands)):
+for name in ("", *(c.name or c.callback.__name__ for c in app.registered_commands)):
     try:
         app([name, "--help"] if name else ["--help"])
     except SystemExit as end:

@@ -1,0 +1,177 @@
+import dataclasses
+import json
+import multiprocessing
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import REAL_FRAME
+from tiny_nuscenes import edit_table
+
+from distillbev.data import index
+from distillbev.data.index import IndexedTables, NotIndexable, build_index, index_folders
+from distillbev.data.samples import NuScenes
+from distillbev.errors import DataError
+
+
+def assert_same(left: object, right: object) -> None:
+    assert type(left) is type(right)
+    if dataclasses.is_dataclass(left):
+        for field in dataclasses.fields(left):
+            assert_same(getattr(left, field.name), getattr(right, field.name))
+    elif isinstance(left, np.ndarray):
+        np.testing.assert_array_equal(left, right)
+        assert left.dtype == right.dtype
+    elif isinstance(left, tuple):
+        assert len(left) == len(right)
+        for one, other in zip(left, right, strict=True):
+            assert_same(one, other)
+    else:
+        assert left == right
+
+
+def assert_equal_to_json(root: Path) -> None:
+    plain = NuScenes(root, use_index=False)
+    indexed = NuScenes(root, use_index=True)
+    assert isinstance(indexed._tables, IndexedTables)
+    assert indexed.scenes() == plain.scenes()
+    assert indexed.splits() == plain.splits()
+    assert indexed.sample_tokens() == plain.sample_tokens()
+    for token in plain.sample_tokens():
+        assert_same(indexed.sample(token, num_sweeps=10), plain.sample(token, num_sweeps=10))
+        assert indexed.labels_in(token) == plain.labels_in(token)
+        for one, other in zip(indexed.annotation_poses(token), plain.annotation_poses(token), strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+def test_the_index_of_a_rig_equals_its_tables(spoilt_root: Path):
+    assert_equal_to_json(spoilt_root)
+
+
+def test_the_index_of_a_simulated_world_equals_its_tables(tmp_path: Path):
+    from distillbev.world import SplitConfig, WorldConfig, simulate
+
+    config = WorldConfig(
+        splits=(SplitConfig(name="train", scenes=2),), key_frames_per_scene=2, image_size_px=(64, 36)
+    )
+    simulate(config, tmp_path / "world", processes=1)
+    assert_equal_to_json(tmp_path / "world")
+
+
+def test_the_index_of_the_real_frame_equals_its_tables(tmp_path: Path):
+    if not REAL_FRAME.is_dir():
+        pytest.skip("the real nuScenes frame is not there")
+    (tmp_path / "v1.0-mini").mkdir()
+    for path in (REAL_FRAME / "v1.0-mini").glob("*.json"):
+        (tmp_path / "v1.0-mini" / path.name).write_bytes(path.read_bytes())
+    assert_equal_to_json(tmp_path)
+
+
+def test_tables_read_in_many_chunks_equal_those_read_in_one(
+    spoilt_root: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(index, "_CHUNK_BYTES", 700)
+    assert_equal_to_json(spoilt_root)
+
+
+def test_a_text_that_looks_like_the_end_of_a_row_is_read_whole(
+    spoilt_root: Path, monkeypatch: pytest.MonkeyPatch
+):
+    edit_table(spoilt_root, "sample_data", lambda rows: [row.update(fileformat='"},{"') for row in rows])
+    monkeypatch.setattr(index, "_CHUNK_BYTES", 1)
+    assert_equal_to_json(spoilt_root)
+
+
+def test_small_tables_are_read_without_an_index_until_one_is_prepared(spoilt_root: Path):
+    assert not isinstance(NuScenes(spoilt_root)._tables, IndexedTables)
+    build_index(spoilt_root / "v1.0-mini")
+    assert isinstance(NuScenes(spoilt_root)._tables, IndexedTables)
+
+
+def test_changed_tables_are_indexed_again_and_the_old_index_goes(spoilt_root: Path):
+    first = build_index(spoilt_root / "v1.0-mini")
+    edit_table(
+        spoilt_root, "sample_annotation", lambda rows: rows[0].update(translation=[600.0, 1600.0, 9.0])
+    )
+    assert_equal_to_json(spoilt_root)
+    assert not first.exists()
+
+
+def test_a_half_written_index_is_not_used(spoilt_root: Path):
+    place = build_index(spoilt_root / "v1.0-mini")
+    path = place / "ego_pose.translation.npy"
+    path.write_bytes(path.read_bytes()[:-8])
+    assert not isinstance(NuScenes(spoilt_root)._tables, IndexedTables)
+
+
+def test_a_build_that_fails_leaves_nothing(spoilt_root: Path, monkeypatch: pytest.MonkeyPatch):
+    def full_disk(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(spoilt_root / "cache"))
+    monkeypatch.setattr(index.np, "save", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        build_index(spoilt_root / "v1.0-mini")
+    assert sorted(path.name for path in (spoilt_root / index.FOLDER).iterdir()) == ["v1.0-mini.lock"]
+    assert len(NuScenes(spoilt_root, use_index=True).sample_tokens()) == 6  # reads JSON
+
+
+def test_a_root_that_cannot_be_written_is_indexed_in_the_users_cache(
+    spoilt_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (spoilt_root / index.FOLDER).write_text("a file where the folder should be")  # root ignores permissions
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert build_index(spoilt_root / "v1.0-mini").is_relative_to(tmp_path / "cache")
+    assert_equal_to_json(spoilt_root)
+
+
+@pytest.mark.parametrize("field", ["ego_pose_token", "sample_token", "prev"])
+def test_tables_with_broken_links_are_not_indexed_but_told_as_ever(spoilt_root: Path, field: str):
+    edit_table(spoilt_root, "sample_data", lambda rows: [row.update({field: "lost"}) for row in rows])
+    with pytest.raises(NotIndexable, match="'lost' leads nowhere"):
+        build_index(spoilt_root / "v1.0-mini")
+    with pytest.raises(DataError, match=rf"^sample_data\.json, token '[^']+': {field} 'lost' is not in"):
+        NuScenes(spoilt_root, use_index=True).sample("scene-a-sample-1", num_sweeps=1)
+
+
+def test_a_token_that_occurs_twice_is_not_indexed(spoilt_root: Path):
+    edit_table(spoilt_root, "ego_pose", lambda rows: rows.append(rows[0]))
+    with pytest.raises(NotIndexable, match=r"ego_pose\.json has 1 tokens more than once"):
+        build_index(spoilt_root / "v1.0-mini")
+
+
+def test_keys_of_many_texts_equal_those_of_each():
+    texts = [b"a", b"12345678", b"123456789", "ä ö".encode(), b"0123456789abcdef" * 2, b""]
+    keys = index._keys_of(np.array(texts))
+    assert [int(key) for key in keys] == [int(index._key_of(text)) for text in texts]
+    assert len(set(keys.tolist())) == len(texts)
+
+
+def _build(folder: Path) -> str:
+    return str(build_index(folder))
+
+
+def test_several_processes_may_build_at_once(spoilt_root: Path):
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        places = set(pool.map(_build, [spoilt_root / "v1.0-mini"] * 8))
+    assert places == {str(index_folders(spoilt_root / "v1.0-mini")[0])}
+    left = sorted(path.name for path in (spoilt_root / index.FOLDER).iterdir())
+    assert left == [Path(*places).name, "v1.0-mini.lock"]
+
+
+def test_workers_get_paths_not_copies(spoilt_root: Path):
+    nuscenes = NuScenes(spoilt_root, use_index=True)
+    token = nuscenes.sample_tokens()[1]
+    sample = nuscenes.sample(token, 3)
+    sent = pickle.dumps(nuscenes._tables.sample_data.__getstate__() | {"_make": None})
+    assert len(sent) < 1000
+    assert os.path.getsize(index_folders(nuscenes.folder)[0] / "sample_data.filename.npy") > 1000
+    assert_same(nuscenes.sample(token, 3), sample)
+
+
+def test_the_list_of_an_index_names_format_and_tables(spoilt_root: Path):
+    content = json.loads((build_index(spoilt_root / "v1.0-mini") / "index.json").read_text())
+    assert content["format"] == index.FORMAT
+    assert "sample_data" in content["tables"]
