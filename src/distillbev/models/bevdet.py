@@ -31,7 +31,7 @@ from .center_head import CenterHead, CenterHeadConfig
 from .history import FrameFusion, HistoryConfig, PastMap, PastStream, scale_velocities
 from .image_encoder import ImageEncoder, ImageEncoderConfig
 from .lift import DepthLift, DepthLossConfig, LiftConfig, depth_loss, depth_targets
-from .outputs import BevMap, DetectorOutput
+from .outputs import BevMap, DetectorOutput, labelled_boxes
 
 
 class BevDetConfig(Config, frozen=True):
@@ -171,12 +171,7 @@ class BevDet(nn.Module):
         Raises:
             DataError: a sample has no labels, or the depth loss has no points.
         """
-        boxes = [sample for sample in batch.boxes if sample is not None]
-        if len(boxes) < len(batch.boxes):
-            unlabelled = [t for t, b in zip(batch.tokens, batch.boxes, strict=True) if b is None]
-            raise DataError(
-                f"no boxes for sample {unlabelled[0]}; train on labelled samples or give pseudo labels"
-            )
+        boxes = labelled_boxes(batch)
         if output.displacement_s is not None:
             boxes = scale_velocities(boxes, output.displacement_s)
         terms = self.head.loss(output.heads, self.head.targets(boxes))

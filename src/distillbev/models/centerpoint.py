@@ -15,7 +15,7 @@ from ..errors import ConfigError, DataError
 from ..grid import BevGrid
 from .bev_encoder import TopDownNeck, TopDownNeckConfig
 from .center_head import CenterHead, CenterHeadConfig
-from .outputs import BevMap, DetectorOutput
+from .outputs import BevMap, DetectorOutput, labelled_boxes
 from .pillars import DynamicPillarsConfig, HardPillarsConfig
 from .second import Second, SecondConfig, SecondFpn, SecondFpnConfig
 from .voxels import SparseVoxelsConfig, build_point_encoder, encoder_grid
@@ -119,12 +119,7 @@ class CenterPoint(nn.Module):
         Raises:
             DataError: a sample has no labels.
         """
-        boxes = [sample for sample in batch.boxes if sample is not None]
-        if len(boxes) < len(batch.boxes):
-            unlabelled = [t for t, b in zip(batch.tokens, batch.boxes, strict=True) if b is None]
-            raise DataError(
-                f"no boxes for sample {unlabelled[0]}; train on labelled samples or give pseudo labels"
-            )
+        boxes = labelled_boxes(batch)
         return self.head.loss(output.heads, self.head.targets(boxes))
 
     def decode(self, output: DetectorOutput) -> list[Boxes3D]:
