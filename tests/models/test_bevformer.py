@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distillbev.boxes import Boxes3D
 from distillbev.config import read_config, write_config
-from distillbev.data.schema import Batch
+from distillbev.data.schema import Batch, PastFrames
 from distillbev.errors import ConfigError, DataError
 from distillbev.grid import BevGrid
 from distillbev.models.attention import cell_reference
@@ -26,6 +26,7 @@ from distillbev.models.bevformer import (
     bevformer_base,
     bevformer_small,
     bevformer_tiny,
+    first_own_frame,
     motion_between,
     planar_motion,
     project_anchors,
@@ -162,6 +163,21 @@ def test_a_scene_that_begins_later_is_as_if_it_stood_alone() -> None:
     one = detector.remember_past(frames[:2], first=torch.tensor([1, 0]))
     again = detector(frames[2], detector.remember_past(frames[1:2])).bev["head"].features
     torch.testing.assert_close(detector(frames[2], one).bev["head"].features[0], again[0])
+
+
+def test_a_batch_with_its_earlier_frames_is_as_if_they_came_one_by_one() -> None:
+    detector, frames = model().eval(), sequence()
+    streamed = detector(frames[2], detector.remember_past(frames[:2], torch.tensor([0, 1])))
+    gaps_s = torch.tensor(
+        [[0.5, 1.0], [0.5, 0.5]]
+    )  # the second scene begins with the newer of the two frames
+    joined = detector(replace(frames[2], past=PastFrames([frames[1], frames[0]], gaps_s)))
+    assert torch.equal(joined.bev["head"].features, streamed.bev["head"].features)
+
+
+def test_frames_that_stand_in_for_those_before_a_scene_are_passed_by() -> None:
+    gaps_s = torch.tensor([[0.5, 1.0, 1.0], [0.0, 0.0, 0.0], [0.5, 1.0, 1.5]])
+    assert first_own_frame(gaps_s).tolist() == [1, 3, 0]
 
 
 def test_samples_do_not_touch_each_other() -> None:
