@@ -16,15 +16,15 @@ PALETTE = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#a463f2", "#9
 STYLE = """
 :root { color-scheme: light; --ink: #1c2430; --soft: #667085; --line: #e4e7ec; --tint: #f7f8fa; }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2.5rem 1.5rem 5rem; max-width: 72rem; color: var(--ink); background: #fff;
+body { margin: 0 auto; padding: 2.5rem 1.5rem 5rem; max-width: 80rem; color: var(--ink); background: #fff;
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 h1 { font-size: 2rem; line-height: 1.2; margin: 0 0 .4rem; letter-spacing: -.02em; }
 h2 { font-size: 1.3rem; margin: 3rem 0 .6rem; letter-spacing: -.01em; }
 p, li { max-width: 48rem; } .soft { color: var(--soft); }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; margin: .8rem 0; }
+table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; margin: .8rem 0; }
 th { text-align: left; font-weight: 600; color: var(--soft); border-bottom: 2px solid var(--line); }
-th, td { padding: .4rem .8rem .4rem 0; white-space: nowrap; vertical-align: top; }
+th, td { padding: .4rem .7rem .4rem 0; white-space: nowrap; vertical-align: top; }
 td { border-bottom: 1px solid var(--line); } td.wide { white-space: normal; min-width: 14rem; }
 th.number, td.number { text-align: right; }
 code, pre { font: .85em/1.5 ui-monospace, SFMono-Regular, Menlo, monospace; background: var(--tint); }
@@ -84,7 +84,7 @@ def line_chart(
         return ""
     width, height = size_px
     left, right, top, bottom = 52, 12, 12, 40
-    x_max = max(x for points in series.values() for x, _ in points) or 1
+    x_max = _round_up(max(x for points in series.values() for x, _ in points))
     y_max = _round_up(max(y for points in series.values() for _, y in points))
 
     def at(x: float, y: float) -> tuple[float, float]:
@@ -107,7 +107,8 @@ def line_chart(
     for i, (name, points) in enumerate(series.items()):
         colour = (colours or {}).get(name, PALETTE[i % len(PALETTE)])
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*point) for point in points))
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        dashes = ' stroke-dasharray="5 3"' if i >= len(PALETTE) and not colours else ""
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"{dashes}/>')
         legend.append(swatch(colour) + html.escape(name))
     parts.append(
         f'<text x="{(left + width) / 2}" y="{height - 6}" text-anchor="middle">{html.escape(x_label)}</text>'
