@@ -1,0 +1,1 @@
+"""Published weights of other projects, brought to our names and conventions."""
