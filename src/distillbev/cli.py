@@ -106,6 +106,37 @@ def inspect(
             typer.echo(path)
 
 
+@app.command()
+def prepare(
+    root: Annotated[Path, typer.Argument(help="Folder of a nuScenes dataset, or one of its v1.0-* folders.")],
+    check: Annotated[
+        bool, typer.Option("--check", help="Examine tables and files instead; 1 if faulty.")
+    ] = False,
+    files: Annotated[
+        int, typer.Option(min=0, help="Of --check: files of each channel to decode, spread; 0 for all.")
+    ] = 20,
+) -> None:
+    """Index the tables, so that opening takes no time; or find what is wrong with a dataset."""
+    from .data.prepare import prepare as prepare_index
+
+    if not check:
+        typer.echo(prepare_index(root))
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from .data.check import check_dataset
+
+    findings = check_dataset(root, files_per_channel=files or None)
+    table = Table("severity", "what", "count", "examples")
+    for finding in findings:
+        table.add_row(*map(escape, (finding.severity, finding.what, str(finding.count), finding.examples)))
+    Console().print(table)
+    if any(finding.severity == "error" for finding in findings):
+        raise typer.Exit(1)
+
+
 @app.command("virtual-points")
 def virtual_points(
     root: Annotated[Path, typer.Argument(help="Folder of a nuScenes dataset, real or simulated.")],
@@ -140,6 +171,22 @@ def virtual_points(
             root, with_overrides(config, overrides), masks, torchvision, split, out, processes, progress=True
         )
     )
+
+
+@app.command("import-weights")
+def import_weights(
+    file: Annotated[Path, typer.Argument(help="Published checkpoint: .pth or .safetensors.")],
+    out: Annotated[Path, typer.Argument(help="The new .safetensors file.")],
+    lax: Annotated[bool, typer.Option("--lax", help="Leave out keys that have no name of ours.")] = False,
+    mmdet3d: Annotated[
+        str | None,
+        typer.Option(help="Version of mmdetection3d that trained it; as the file says if not given."),
+    ] = None,
+) -> None:
+    """Convert published weights to ours, and report every key; nothing in the file is run."""
+    from .weights.convert import import_weights as convert_file
+
+    typer.echo(convert_file(file, out, lax, mmdet3d))
 
 
 @app.command()

@@ -72,7 +72,10 @@ class Source:
     title: str
     signs: tuple[str, ...]  # patterns that all must begin some name
     rename: Callable[[str], str | None]
-    needless: str = r"(?!)"  # names that follow from the configuration
+    needless: str = r"(?!)"  # names that follow from our configuration, or that nothing reads
+
+    def is_needless(self, name: str) -> bool:
+        return re.match(self.needless, name) is not None
 
 
 def renamed(name: str, table: Names) -> str | None:
@@ -130,7 +133,7 @@ SOURCES = (
         "LiDAR teacher with a query head",
         (r"pts_backbone\.", r"pts_bbox_head\.transformer\.decoder\."),
         lidar_query_name,
-        r"pts_bbox_head\.(code_weights$|positional_encoding\.|transformer\.(cams|level)_embeds$)",
+        r"pts_bbox_head\.(code_weights|transformer\.level_embeds)$",
     ),
     Source(
         "BEVDet",
