@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from numpy.typing import NDArray
 from ..classes import CATEGORY_TO_CLASS, CLASSES
 from ..errors import DataError
 from ..geometry import invert_rigid, pose_matrix, quaternion_to_rotation, yaw_of_rotation
+from .index import open_tables
 from .schema import Annotations, CameraFrame, LidarSweep, Sample
 from .tables import (
     AnnotationRow,
@@ -20,7 +23,6 @@ from .tables import (
     SampleDataRow,
     SampleRow,
     SensorRow,
-    Tables,
     find_version_folder,
 )
 
@@ -52,15 +54,18 @@ class NuScenes:
     Args:
         root: the folder that holds `v1.0-*`, `samples` and `sweeps`, or its `v1.0-*` where it has several.
         version: name of the table folder; found by itself when there is exactly one `v1.0-*`.
+        use_index: of big tables (`index.py`); None builds one where it pays, False reads the JSON.
 
     Raises:
         DataError: here or in any method, a table, link, token or value is absent or makes no sense.
     """
 
-    def __init__(self, root: Path | str, version: str | None = None) -> None:
+    def __init__(
+        self, root: Path | str, version: str | None = None, *, use_index: bool | None = None
+    ) -> None:
         self.folder = find_version_folder(Path(root), version)
         self.root = self.folder.parent
-        self._tables = Tables(self.folder)
+        self._tables = open_tables(self.folder, use_index)
         self._splits: dict[str, list[str]] | None = None
         self._poses: dict[
             str, NDArray[np.float64]
@@ -71,10 +76,19 @@ class NuScenes:
         return self.folder.name
 
     def splits(self) -> dict[str, list[str]]:
-        """Split name -> scene names: from `splits.json` in the root, else every scene under "all"."""
+        """Split name -> scene names (or sample tokens, where `splits.json` lists such).
+
+        Those of `splits.json` in the root, or every scene as "all" where there is no such file; besides, the
+        official splits of nuScenes whose scenes are all there. A split of the file hides an official one.
+        """
         if self._splits is None:
             path = self.root / "splits.json"
-            self._splits = self._read_splits(path) if path.exists() else {"all": self.scenes()}
+            known = set(self.scenes())
+            official = {
+                name: list(names) for name, names in official_splits().items() if known.issuperset(names)
+            }
+            own = self._read_splits(path) if path.exists() else {"all": self.scenes()}
+            self._splits = official | own
         return self._splits
 
     def scenes(self) -> list[str]:
@@ -94,7 +108,11 @@ class NuScenes:
             scenes = splits[split]
         scene_tokens = {scene.name: scene.token for scene in self._tables.scene}
         by_scene = self._tables.samples_of_scene
-        return [token for name in scenes for token in by_scene[scene_tokens[name]]]
+        return [
+            token
+            for name in scenes
+            for token in (by_scene[scene_tokens[name]] if name in scene_tokens else [name])
+        ]
 
     def sample(self, token: str, num_sweeps: int = 0, read_annotations: bool = True) -> Sample:
         """One key frame.
@@ -144,12 +162,11 @@ class NuScenes:
 
     def labels_in(self, token: str, min_points: int = 1) -> set[int]:
         """The classes (indices into CLASSES) with an object that at least `min_points` sensor returns hit."""
-        found = set()
-        for row in self._annotation_rows(token):
-            label = _label_of(self._category_of(row))
-            if label >= 0 and row.num_lidar_pts + row.num_radar_pts >= min_points:
-                found.add(label)
-        return found
+        self._sample_row(token)
+        labels_and_points = (
+            (_label_of(category), count) for category, count in self._tables.categories_of_sample(token)
+        )
+        return {label for label, count in labels_and_points if label >= 0 and count >= min_points}
 
     def annotation_poses(self, token: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """The annotated boxes of a key frame with their full rotation, tilt included.
@@ -177,7 +194,8 @@ class NuScenes:
             raise DataError(f"{path}: expected {{split: [scene names]}}")
         known = set(self.scenes())
         for split, names in splits.items():
-            missing = [str(name) for name in names if name not in known]
+            strangers = [str(name) for name in names if not (isinstance(name, str) and name in known)]
+            missing = [name for name in strangers if self._tables.sample.get(name) is None]
             if missing:
                 raise DataError(
                     f"{path}: split {split!r} names {len(missing)} of {len(names)} scenes "
@@ -323,6 +341,12 @@ class NuScenes:
         return self._tables.sample.follow(
             row.sample_token, "sample_annotation", row, "sample_token"
         ).timestamp
+
+
+@cache
+def official_splits() -> dict[str, list[str]]:
+    """The splits of nuScenes: train, val, test, mini_train, mini_val. The file names its source."""
+    return json.loads(files(__package__).joinpath("official_splits.json").read_text())["splits"]
 
 
 def _camera_rank(channel: str) -> int:

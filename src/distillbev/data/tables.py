@@ -7,7 +7,8 @@ up by token; `samples.py` makes frames of them. Nothing outside the data layer s
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -93,24 +94,19 @@ class NamedRow(Row, frozen=True, gc=False):
 RowT = TypeVar("RowT", bound=Row)
 
 
-class Table(Generic[RowT]):
+class RowsByToken(ABC, Generic[RowT]):
     """One table: rows by token, in the order of the file."""
 
-    def __init__(self, path: Path, row_type: type[RowT]) -> None:
-        self.name = path.stem
-        self._rows = {row.token: row for row in _read_rows(path, row_type)}
+    name: str
 
-    def __len__(self) -> int:
-        return len(self._rows)
+    @abstractmethod
+    def __len__(self) -> int: ...
 
-    def __iter__(self) -> Iterator[RowT]:
-        return iter(self._rows.values())
+    @abstractmethod
+    def __iter__(self) -> Iterator[RowT]: ...
 
-    def __contains__(self, token: str) -> bool:
-        return token in self._rows
-
-    def get(self, token: str) -> RowT | None:
-        return self._rows.get(token)
+    @abstractmethod
+    def get(self, token: str) -> RowT | None: ...
 
     def follow(self, token: str, table: str, row: Row, field: str) -> RowT:
         """The row that `field` of `row` in `table` points to.
@@ -118,13 +114,30 @@ class Table(Generic[RowT]):
         Raises:
             DataError: there is none; names the table, token and field of the broken link.
         """
-        found = self._rows.get(token)
+        found = self.get(token)
         if found is None:
             raise DataError(
                 f"{table}.json, token {row.token!r}: {field} {token!r} is not in {self.name}.json "
                 f"({len(self)} rows); the tables do not belong together, copy or write them again"
             )
         return found
+
+
+class Table(RowsByToken[RowT]):
+    """A table read whole from its JSON file."""
+
+    def __init__(self, path: Path, row_type: type[RowT]) -> None:
+        self.name = path.stem
+        self._rows = {row.token: row for row in read_rows(path, row_type)}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[RowT]:
+        return iter(self._rows.values())
+
+    def get(self, token: str) -> RowT | None:
+        return self._rows.get(token)
 
 
 class Tables:
@@ -145,15 +158,15 @@ class Tables:
         return self._table("scene", SceneRow)
 
     @cached_property
-    def sample(self) -> Table[SampleRow]:
+    def sample(self) -> RowsByToken[SampleRow]:
         return self._table("sample", SampleRow)
 
     @cached_property
-    def sample_data(self) -> Table[SampleDataRow]:
+    def sample_data(self) -> RowsByToken[SampleDataRow]:
         return self._table("sample_data", SampleDataRow)
 
     @cached_property
-    def ego_pose(self) -> Table[EgoPoseRow]:
+    def ego_pose(self) -> RowsByToken[EgoPoseRow]:
         return self._table("ego_pose", EgoPoseRow)
 
     @cached_property
@@ -165,11 +178,11 @@ class Tables:
         return self._table("sensor", SensorRow)
 
     @cached_property
-    def sample_annotation(self) -> Table[AnnotationRow]:
+    def sample_annotation(self) -> RowsByToken[AnnotationRow]:
         return self._table("sample_annotation", AnnotationRow)
 
     @cached_property
-    def instance(self) -> Table[InstanceRow]:
+    def instance(self) -> RowsByToken[InstanceRow]:
         return self._table("instance", InstanceRow)
 
     @cached_property
@@ -193,7 +206,7 @@ class Tables:
         }
 
     @cached_property
-    def key_data_of_sample(self) -> dict[str, list[str]]:
+    def key_data_of_sample(self) -> Mapping[str, list[str]]:
         """Sample token -> tokens of the sensor recordings that belong to the key frame itself."""
         found: dict[str, list[str]] = {sample.token: [] for sample in self.sample}
         for row in self.sample_data:
@@ -203,12 +216,27 @@ class Tables:
         return found
 
     @cached_property
-    def annotations_of_sample(self) -> dict[str, list[str]]:
+    def annotations_of_sample(self) -> Mapping[str, list[str]]:
         """Sample token -> its annotation tokens."""
         found: dict[str, list[str]] = {sample.token: [] for sample in self.sample}
         for row in self.sample_annotation:
             self.sample.follow(row.sample_token, "sample_annotation", row, "sample_token")
             found[row.sample_token].append(row.token)
+        return found
+
+    def categories_of_sample(self, token: str) -> list[tuple[str, int]]:
+        """Category and number of sensor returns (LiDAR and radar) of each annotation of a sample."""
+        found = []
+        for annotation in self.annotations_of_sample[token]:
+            row = self.sample_annotation.get(annotation)
+            if row is not None:
+                instance = self.instance.follow(
+                    row.instance_token, "sample_annotation", row, "instance_token"
+                )
+                category = self.category.follow(
+                    instance.category_token, "instance", instance, "category_token"
+                )
+                found.append((category.name, row.num_lidar_pts + row.num_radar_pts))
         return found
 
 
@@ -236,7 +264,8 @@ def find_version_folder(root: Path, version: str | None) -> Path:
     return root / found[0]
 
 
-def _read_rows(path: Path, row_type: type[RowT]) -> list[RowT]:
+def read_rows(path: Path, row_type: type[RowT]) -> list[RowT]:
+    """All rows of one JSON table."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
