@@ -5,55 +5,15 @@ h, sine and cosine of the old yaw, velocity).
 """
 
 import math
-import re
 
 import torch
 from torch import Tensor
 
 from distillbev.boxes import Boxes3D
+from distillbev.weights.rename import query_name as our_name
+from distillbev.weights.rename import turn_code, turn_weight
 
-# Old entry of each number of our code. Turning the yaw swaps sine and cosine and their signs.
-OLD_ENTRY = [0, 1, 4, 3, 2, 5, 7, 6, 8, 9]
-SIGN = torch.tensor([1.0, 1, 1, 1, 1, 1, -1, -1, 1, 1])
-
-NAMES = [
-    (r"^bev_embedding\.", "bev_embedding."),
-    (r"^positional_encoding\.row_embed\.", "row_embedding."),
-    (r"^positional_encoding\.col_embed\.", "column_embedding."),
-    (r"^transformer\.cams_embeds$", "camera_embedding"),
-    (r"^transformer\.level_embeds$", "level_embedding"),
-    (r"^transformer\.can_bus_mlp\.norm\.", "motion_embedding.4."),
-    (r"^transformer\.can_bus_mlp\.", "motion_embedding."),
-    (r"^transformer\.encoder\.layers\.", "layers."),
-    (r"^transformer\.decoder\.layers\.", "layers."),
-    (r"^transformer\.reference_points\.", "reference_points."),
-    (r"^cls_branches\.", "class_branches."),
-    (r"^reg_branches\.", "box_branches."),
-    (r"\.ffns\.0\.layers\.0\.0\.", ".feed_forward.widen."),
-    (r"\.ffns\.0\.layers\.1\.", ".feed_forward.narrow."),
-    (r"\.attentions\.1\.deformable_attention\.", ".spatial."),
-]
-
-
-def our_name(old: str, first: str, second: str) -> str:
-    """Key of the reference -> ours; `first` and `second` name the layers' attentions."""
-    for pattern, new in NAMES:
-        old = re.sub(pattern, new, old)
-    old = re.sub(r"\.attentions\.0\.(attn\.)?", f".{first}.", old)
-    return re.sub(r"\.attentions\.1\.", f".{second}.", old)
-
-
-def turn_code(values: Tensor, dim: int = -1) -> Tensor:
-    """Old codes (or the rows of a layer that gives them) -> ours."""
-    shape = [1] * values.ndim
-    shape[dim] = 10
-    return values.index_select(dim, torch.tensor(OLD_ENTRY)) * SIGN.view(shape)
-
-
-def turn_weight(old_name: str, weight: Tensor) -> Tensor:
-    """Weights of the last layers of the box branches, or their gradients, to our order; others as they
-    are."""
-    return turn_code(weight, dim=0) if re.search(r"reg_branches\.\d+\.4\.", old_name) else weight
+__all__ = ["assert_gradient", "ground_truth", "our_boxes", "our_name", "turn_code", "turn_weight"]
 
 
 def our_boxes(old: Tensor, bottom: bool = True) -> Tensor:

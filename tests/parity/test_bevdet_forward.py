@@ -24,6 +24,8 @@ from distillbev.models.center_targets import TargetConfig
 from distillbev.models.image_encoder import ImageEncoderConfig, ResNet, ResNetConfig
 from distillbev.models.lift import DepthBins, LiftConfig
 from distillbev.models.outputs import DetectorOutput
+from distillbev.weights.rename import BEVDET, renamed
+from distillbev.weights.rename import turn_weight as turn
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "c6_bevdet_forward"
 INPUTS, OUTPUTS, GRADIENTS, WEIGHTS = (
@@ -32,19 +34,6 @@ INPUTS, OUTPUTS, GRADIENTS, WEIGHTS = (
 GRID = BevGrid(x_range_m=(-12.8, 12.8), y_range_m=(-9.6, 16.0), cell_m=0.8)
 FORWARD, BACKWARD = 1e-3, 5e-3  # the golden's own tolerances, relative to the largest entry
 TASK_ORDER = [CLASSES.index(name) for task in CENTERPOINT_TASKS for name in task]
-PREFIXES = {
-    "img_backbone.": "image_encoder.backbone.",
-    "img_neck.lateral_convs.0.conv.": "image_encoder.neck.laterals.0.",
-    "img_neck.lateral_convs.1.conv.": "image_encoder.neck.laterals.1.",
-    "img_neck.fpn_convs.0.conv.": "image_encoder.neck.smooth.",
-    "img_view_transformer.depthnet.": "lift.depth_and_context.",
-    "img_bev_encoder_backbone.": "bev_encoder.",
-    "img_bev_encoder_neck.up2.1.": "bev_neck.refine.0.",
-    "img_bev_encoder_neck.up2.2.": "bev_neck.refine.1.",
-    "img_bev_encoder_neck.up2.4.": "bev_neck.refine.3.",
-    "img_bev_encoder_neck.conv.": "bev_neck.conv.",
-    "pts_bbox_head.": "head.",
-}
 LOSS_NAMES = {
     "heatmap": "loss_heatmap",
     "xy": "loss_xy",
@@ -56,17 +45,9 @@ LOSS_NAMES = {
 
 
 def our_name(name: str) -> str:
-    for old, new in PREFIXES.items():
-        if name.startswith(old):
-            return new + name.removeprefix(old)
-    raise AssertionError(name)
-
-
-def turn(name: str, value: Tensor) -> Tensor:
-    """Output channels of old dim and rot branches, or their gradients, to ours or back."""
-    if re.search(r"\.dim\.1\.(weight|bias)$", name):
-        return value[[1, 0, 2]]
-    return -value[[1, 0]] if re.search(r"\.rot\.1\.(weight|bias)$", name) else value
+    ours = renamed(name, BEVDET)
+    assert ours is not None, name
+    return ours
 
 
 def old_map(name: str, value: Tensor) -> Tensor:

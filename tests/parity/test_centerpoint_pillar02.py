@@ -4,7 +4,6 @@ The golden has maps in the old box convention (width first, clockwise yaw). Weig
 turning the output channels of the dim and rot branches, gradients are turned back the same way.
 """
 
-import re
 from pathlib import Path
 
 import pytest
@@ -25,6 +24,8 @@ from distillbev.models.pillars import (
     scatter_to_map,
 )
 from distillbev.models.second import SecondConfig, SecondFpnConfig
+from distillbev.weights.rename import CENTERPOINT_PILLARS, renamed
+from distillbev.weights.rename import turn_weight as turn
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "a_centerpoint_pillar02"
 INPUTS, OUTPUTS, GRADIENTS, WEIGHTS = (
@@ -33,12 +34,6 @@ INPUTS, OUTPUTS, GRADIENTS, WEIGHTS = (
 GRID = BevGrid(x_range_m=(-6.4, 6.4), y_range_m=(-4.8, 4.8), cell_m=0.2)
 ROWS, COLUMNS = GRID.shape
 CELLS = ROWS * COLUMNS
-PREFIXES = {
-    "pts_voxel_encoder.": "pillars.",
-    "pts_backbone.": "backbone.",
-    "pts_neck.": "neck.",
-    "pts_bbox_head.": "head.",
-}
 
 
 def config() -> CenterPointConfig:
@@ -51,13 +46,6 @@ def config() -> CenterPointConfig:
     )
 
 
-def turn(name: str, value: Tensor) -> Tensor:
-    """Output channels of old dim and rot branches, or their gradients, to ours or back."""
-    if re.search(r"\.dim\.1\.(weight|bias)$", name):
-        return value[[1, 0, 2]]
-    return -value[[1, 0]] if re.search(r"\.rot\.1\.(weight|bias)$", name) else value
-
-
 def our_map(name: str, value: Tensor) -> Tensor:
     if name == "dim":
         return value[:, [1, 0, 2]]
@@ -65,10 +53,9 @@ def our_map(name: str, value: Tensor) -> Tensor:
 
 
 def our_name(name: str) -> str:
-    for old, new in PREFIXES.items():
-        if name.startswith(old):
-            return new + name.removeprefix(old)
-    raise AssertionError(name)
+    ours = renamed(name, CENTERPOINT_PILLARS)
+    assert ours is not None, name
+    return ours
 
 
 def model(train: bool = False) -> CenterPoint:

@@ -17,6 +17,7 @@ from distillbev.models.centerpoint import CenterPoint, CenterPointConfig
 from distillbev.models.second import SecondConfig, SecondFpnConfig
 from distillbev.models.sparse_conv import Sites, SparseTensor
 from distillbev.models.voxels import SparseVoxels, SparseVoxelsConfig
+from distillbev.weights.rename import CENTERPOINT_VOXELS, renamed, turn_weight
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "b_centerpoint_voxel01"
 INPUTS, OUTPUTS, GRADIENTS, WEIGHTS = (
@@ -24,25 +25,12 @@ INPUTS, OUTPUTS, GRADIENTS, WEIGHTS = (
 )
 GRID = BevGrid(x_range_m=(-4.0, 4.0), y_range_m=(-3.2, 3.2), cell_m=0.1)
 ROWS, COLUMNS = GRID.shape
-PREFIXES = {
-    "pts_middle_encoder.": "pillars.",
-    "pts_backbone.": "backbone.",
-    "pts_neck.": "neck.",
-    "pts_bbox_head.": "head.",
-}
 
 
 def our_name(name: str) -> str:
-    for old, new in PREFIXES.items():
-        if name.startswith(old):
-            return new + name.removeprefix(old)
-    raise AssertionError(name)
-
-
-def our_weight(name: str, value: Tensor) -> Tensor:
-    if ".dim.1." in name:
-        return value[[1, 0, 2]]
-    return -value[[1, 0]] if ".rot.1." in name else value
+    ours = renamed(name, CENTERPOINT_VOXELS)
+    assert ours is not None, name
+    return ours
 
 
 def our_map(name: str, value: Tensor) -> Tensor:
@@ -61,7 +49,7 @@ def detector(train: bool = False) -> CenterPoint:
             head=CenterHeadConfig(shared_channels=8, branch_channels=8),
         )
     )
-    model.load_state_dict({our_name(n): our_weight(n, w) for n, w in WEIGHTS.items()})
+    model.load_state_dict({our_name(n): turn_weight(n, w) for n, w in WEIGHTS.items()})
     return model.train(train)
 
 
