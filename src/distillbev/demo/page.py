@@ -96,11 +96,12 @@ def _seeds(plan: DemoPlan) -> str:
 
 
 def _score_table(outcome: Outcome) -> str:
-    head = ["arm", "what it is", "mAP", "95 %", "NDS", *next(iter(outcome.arms.values())).errors]
+    errors = [f"m{name[0].upper()}E" for name in next(iter(outcome.arms.values())).errors]  # mATE and so on
+    head = ["arm", "what it is", "mAP", "95 %", "NDS", *errors]
     rows = [
         [
             swatch(COLOURS[arm]) + f"<b>{arm}</b>",
-            html.escape(arm.meaning),
+            f"<small>{html.escape(arm.meaning)}</small>",
             f"<b>{result.mean_ap.mean:.3f}</b>",
             f"{result.mean_ap.low:.3f} – {result.mean_ap.high:.3f}",
             f"{result.nds.mean:.3f}",
@@ -120,7 +121,7 @@ def _class_table(outcome: Outcome) -> str:
         [f"{d.second} − {d.first}", *(f"{d.class_ap[name].mean:+.3f}" for name in CLASSES)]
         for d in outcome.differences
     ]
-    return table(["AP", *CLASSES], rows)
+    return table(["AP", *(name.replace("_", "<br>") for name in CLASSES)], rows)
 
 
 def _curves(plan: DemoPlan, out: Path, key: str) -> dict[str, list[tuple[float, float]]]:
