@@ -16,9 +16,9 @@ from PIL import Image
 from world.small_world import SMALL
 
 from distillbev.config import read_config
+from distillbev.data.table_writer import TABLES
 from distillbev.errors import ConfigError, DataError
 from distillbev.world import SplitConfig, WorldConfig, simulate
-from distillbev.world.tables import TABLES
 
 TINY = WorldConfig(
     splits=(SplitConfig(name="all", scenes=3),), key_frames_per_scene=2, image_size_px=(48, 27), lidar_sweeps=0,

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ..data.table_writer import Row, attribute_token, category_token, link, sensor_token, token
 from ..geometry import pose_matrix, rotation_about_z, rotation_to_quaternion, transform_points
 from .actors import annotated_box
 from .cameras import take_picture
@@ -23,7 +24,6 @@ from .roads import draw_roads, ground_mesh
 from .settings import WorldConfig
 from .shading import Backdrop, LampLight
 from .surroundings import draw_surroundings
-from .tables import Row, attribute_token, category_token, link, sensor_token, token
 from .textures import GroundLook
 from .traffic import Catalogue, Traffic, draw_traffic
 from .visibility import Silhouettes, level, visible_pixels, windows

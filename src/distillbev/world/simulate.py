@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from ..config import read_config, write_config
+from ..data.table_writer import constant_tables, write_tables
 from ..errors import ConfigError, DataError, RunError
 from .settings import WorldConfig
 
@@ -142,24 +143,17 @@ def _work(config: WorldConfig, out: Path, numbers: list[int]) -> None:
 
 
 def _write_tables(config: WorldConfig, out: Path, tables: Path) -> None:
-    """Joins the scenes' rows; the folder of tables appears whole, by one rename, as the last thing written."""
+    """Joins the scenes' rows; the folder of tables is the last thing written."""
     from .rig import rig
     from .scenes import scene_name
-    from .tables import TABLES, constant_tables
 
-    joined = {name: [] for name in TABLES}
-    joined.update(constant_tables(tuple(sensor.channel for sensor in rig(config))))
-    for number in range(config.num_scenes):
-        for name, rows in json.loads(_shard(out, number).read_text()).items():
-            joined[name] += rows
     splits, first = {}, 0
     for split in config.splits:
         splits[split.name] = [scene_name(number) for number in range(first, first + split.scenes)]
         first += split.scenes
     (out / "splits.json").write_text(json.dumps(splits, indent=1))
-    partial = out / f"{config.version}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    for name, rows in joined.items():
-        (partial / f"{name}.json").write_text(json.dumps(rows))
-    partial.replace(tables)
+    constant = constant_tables(
+        {sensor.channel: "lidar" if sensor.intrinsic is None else "camera" for sensor in rig(config)}
+    )
+    shards = (json.loads(_shard(out, number).read_text()) for number in range(config.num_scenes))
+    write_tables(tables, constant, shards)

@@ -1,9 +1,16 @@
-"""The thirteen tables of a nuScenes folder: the rows that never change, and how scenes' rows are joined."""
+"""Writes the thirteen tables of a nuScenes folder: the rows that never change, links, files.
+
+The simulated world (`world/`) and recordings of one's own (`recordings.py`) are written with it; `tables.py` reads.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
 
 Row = dict[str, Any]
 TABLES = (
@@ -42,8 +49,8 @@ def sensor_token(channel: str) -> str:
     return token("sensor", channel)
 
 
-def constant_tables(channels: tuple[str, ...]) -> dict[str, list[Row]]:
-    """Category, attribute, visibility and sensor."""
+def constant_tables(sensors: Mapping[str, Literal["camera", "lidar"]]) -> dict[str, list[Row]]:
+    """Category, attribute, visibility and sensor; the sensors as channel -> modality."""
     return {
         "category": [{"token": category_token(name), "name": name, "description": ""} for name in CATEGORIES],
         "attribute": [
@@ -53,12 +60,8 @@ def constant_tables(channels: tuple[str, ...]) -> dict[str, list[Row]]:
             {"token": number, "level": level, "description": ""} for number, level in VISIBILITIES
         ],
         "sensor": [
-            {
-                "token": sensor_token(name),
-                "channel": name,
-                "modality": "lidar" if "LIDAR" in name else "camera",
-            }
-            for name in channels
+            {"token": sensor_token(channel), "channel": channel, "modality": modality}
+            for channel, modality in sensors.items()
         ],
     }
 
@@ -68,3 +71,25 @@ def link(rows: list[Row]) -> None:
     for row, before, after in zip(rows, [None, *rows[:-1]], [*rows[1:], None], strict=True):
         row["prev"] = before["token"] if before else ""
         row["next"] = after["token"] if after else ""
+
+
+def write_tables(
+    folder: Path, constant: Mapping[str, list[Row]], scenes: Iterable[Mapping[str, list[Row]]]
+) -> None:
+    """Joins the rows of all scenes; the folder of tables appears whole, by one rename.
+
+    Args:
+        folder: `v1.0-*`, not yet there.
+        constant: as `constant_tables` gives them.
+        scenes: for each scene, its rows of the other tables.
+    """
+    joined: dict[str, list[Row]] = {name: list(constant.get(name, [])) for name in TABLES}
+    for scene in scenes:
+        for name, rows in scene.items():
+            joined[name] += rows
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    for name, rows in joined.items():
+        (partial / f"{name}.json").write_text(json.dumps(rows))
+    partial.replace(folder)
