@@ -9,8 +9,8 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from .data.augment import BevAugConfig, ImageAugConfig
-from .data.loader import DataConfig, PastConfig
 from .data.object_pasting import ObjectPastingConfig
+from .data.settings import DataConfig, PastConfig
 from .data.virtual_points import VirtualPointsInput
 from .distill.settings import DistillConfig, released_bevdepth4d, released_bevformer
 from .grid import BevGrid

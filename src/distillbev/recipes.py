@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from .config import read_config, with_overrides
 from .data.augment import BevAugConfig
-from .data.loader import DataConfig, PastConfig
+from .data.settings import DataConfig, PastConfig
 from .distill.response import ResponseConfig
 from .distill.settings import HALO_IGNORED, DistillConfig, clean
 from .distill.teacher import TeacherCacheConfig

@@ -9,23 +9,13 @@ from tiny_nuscenes import edit_table
 
 from distillbev.classes import CLASSES
 from distillbev.data.augment import BevAugConfig, ImageAugConfig
-from distillbev.data.loader import (
-    DataConfig,
-    Frame,
-    FrameDataset,
-    FrameGroup,
-    TrainingBatches,
-    balance_classes,
-    batches_in_order,
-    collate,
-    frames_of_splits,
-    frames_of_tokens,
-    make_inference_loader,
-    make_loader,
-    make_training_loader,
-)
+from distillbev.data.collate import collate
+from distillbev.data.frames import Frame, FrameDataset, frames_of_splits, frames_of_tokens
+from distillbev.data.loader import make_inference_loader, make_loader, make_training_loader
 from distillbev.data.samples import NuScenes
+from distillbev.data.sampling import FrameGroup, TrainingBatches, balance_classes, batches_in_order
 from distillbev.data.schema import Batch
+from distillbev.data.settings import DataConfig
 from distillbev.errors import ConfigError, DataError
 
 PLAIN = DataConfig(image_size_px=(96, 48), num_sweeps=1)

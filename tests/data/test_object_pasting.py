@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from distillbev.classes import CLASSES
-from distillbev.data.loader import DataConfig
 from distillbev.data.object_pasting import (
     LabelledCloud,
     ObjectPastingConfig,
@@ -14,6 +13,7 @@ from distillbev.data.object_pasting import (
     points_in_box,
     read_database,
 )
+from distillbev.data.settings import DataConfig
 from distillbev.errors import ConfigError, DataError
 
 CAR = CLASSES.index("car")

@@ -11,9 +11,10 @@ from PIL import Image
 from tiny_nuscenes import edit_table
 
 from distillbev.data.augment import BevAugConfig
-from distillbev.data.loader import DataConfig, Frame, FrameDataset
+from distillbev.data.frames import Frame, FrameDataset
 from distillbev.data.object_pasting import ObjectPastingConfig
 from distillbev.data.samples import NuScenes
+from distillbev.data.settings import DataConfig
 from distillbev.data.virtual_points import (
     ORIGIN_FILE,
     VirtualPointsConfig,

@@ -14,9 +14,11 @@ from torch import Tensor
 from distillbev.boxes import Boxes3D
 from distillbev.config import read_config, write_config
 from distillbev.data.augment import BevAugConfig, ImageAugConfig
-from distillbev.data.loader import DataConfig, Frame, FrameDataset, PastConfig, collate, frames_of_tokens
+from distillbev.data.collate import collate
+from distillbev.data.frames import Frame, FrameDataset, frames_of_tokens
 from distillbev.data.samples import NuScenes
 from distillbev.data.schema import Batch, PastFrames
+from distillbev.data.settings import DataConfig, PastConfig
 from distillbev.distill.teacher import take_from_batch
 from distillbev.errors import ConfigError, DataError
 from distillbev.geometry import pose_matrix, rotation_about_z

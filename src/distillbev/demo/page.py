@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageColor
 
 from ..classes import CLASSES
-from ..data.loader import Frame, FrameDataset
+from ..data.frames import Frame, FrameDataset
 from ..data.points import load_points
 from ..data.samples import NuScenes
 from ..data.schema import Sample

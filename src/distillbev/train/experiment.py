@@ -4,7 +4,7 @@ import math
 from typing import Literal
 
 from ..config import Config
-from ..data.loader import DataConfig
+from ..data.settings import DataConfig
 from ..distill.distiller import DistillConfig
 from ..errors import ConfigError
 from ..evaluation.metrics import DetectionEvalConfig

@@ -11,7 +11,8 @@ from rich.progress import track
 
 from ..boxes import Boxes3D
 from ..config import read_config
-from ..data.loader import FrameDataset, frames_of_tokens, make_inference_loader
+from ..data.frames import FrameDataset, frames_of_tokens
+from ..data.loader import make_inference_loader
 from ..data.samples import NuScenes
 from ..errors import RunError
 from ..models.detectors import Student, Teacher

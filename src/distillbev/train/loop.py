@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..config import first_difference, read_config, write_config
-from ..data.loader import BatchLoader, FrameDataset, frames_of_splits, make_training_loader
+from ..data.frames import FrameDataset, frames_of_splits
+from ..data.loader import BatchLoader, make_training_loader
 from ..data.samples import NuScenes
 from ..data.schema import Batch
 from ..distill.distiller import Distiller, inherit_head
