@@ -18,6 +18,7 @@ from ..errors import ConfigError
 from ..grid import BevGrid
 from .center_targets import BOX_MAPS, CODE_SIZE, CenterTargets, TargetConfig, center_targets
 from .nms import CircleNms, RotatedNms, suppress
+from .processes import num_processes, total_over_processes
 
 # Which of a target's ten numbers each loss term sees.
 LOSS_TERMS = {"xy": (0, 2), "z": (2, 3), "size": (3, 6), "yaw": (6, 8), "velocity": (8, 10)}
@@ -273,7 +274,8 @@ def focal_loss_per_task(
     )
     sums = torch.stack([s.sum() for s in loss.sum(dim=(0, 2, 3)).split(classes_per_task)])
     peaks = torch.stack([n.sum() for n in peak.sum(dim=(0, 2, 3)).split(classes_per_task)])
-    return sums / (peaks.sum() if pooled else peaks).clamp(min=1)
+    peaks = total_over_processes(peaks)
+    return sums * num_processes() / (peaks.sum() if pooled else peaks).clamp(min=1)
 
 
 def box_errors_per_task(predicted: Tensor, targets: CenterTargets, pooled: bool = False) -> Tensor:
@@ -286,5 +288,5 @@ def box_errors_per_task(predicted: Tensor, targets: CenterTargets, pooled: bool 
     """
     known = targets.mask[..., None] & ~targets.boxes.isnan()
     errors = (predicted - torch.where(known, targets.boxes, predicted.detach())).abs()
-    count = targets.mask.sum(dim=(0, 2))  # (T,)
-    return errors.sum(dim=(0, 2)) / ((count.sum() if pooled else count) + 1e-4)[..., None]
+    count = total_over_processes(targets.mask.sum(dim=(0, 2)))  # (T,)
+    return errors.sum(dim=(0, 2)) * num_processes() / ((count.sum() if pooled else count) + 1e-4)[..., None]

@@ -20,6 +20,7 @@ from ..data.virtual_points import FLAG_COLUMN, MEASURED, NUM_COLUMNS, TIME_COLUM
 from ..errors import ConfigError, DataError
 from ..grid import BevGrid
 from .depth_net import DepthAggregation, DepthNetConfig, build_depth_net
+from .processes import num_processes, total_over_processes
 
 DepthLabels = Literal["centred", "megvii", "release"]
 
@@ -395,4 +396,5 @@ def depth_loss(depth_logits: Tensor, targets: Tensor, config: DepthLossConfig) -
                 total = functional.binary_cross_entropy_with_logits(logits, one_hot, reduction="sum")
     if config.mean_over == "all_bins":
         return config.weight * total / max(depth_logits.numel(), 1)
-    return config.weight * total / known.sum().clamp(min=1)
+    count = total_over_processes(known.sum()).clamp(min=1)
+    return config.weight * total * num_processes() / count

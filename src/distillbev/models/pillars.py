@@ -19,6 +19,7 @@ from torch.nn import functional
 from ..config import Config
 from ..errors import ConfigError, DataError
 from ..grid import BevGrid
+from .processes import values_per_channel
 
 Reduction = Literal["max", "mean"]
 NORM_EPS = 1e-3
@@ -231,7 +232,7 @@ class PointNorm(nn.BatchNorm1d):
     """Batch norm that survives clouds of no point or a single one: there it takes the running statistics."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.training and input.numel() <= input.shape[1]:
+        if self.training and values_per_channel(input) <= 1:
             return functional.batch_norm(
                 input, self.running_mean, self.running_var, self.weight, self.bias, False, eps=self.eps
             )

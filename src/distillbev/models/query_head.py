@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from ..boxes import Boxes3D
@@ -22,6 +22,7 @@ from ..grid import BevGrid
 from .assignment import pair_at_least_cost
 from .attention import DeformableAttention, FeedForward, flatten_maps
 from .outputs import QueryPredictions
+from .processes import num_processes, total_over_processes
 
 CODE_SIZE = 10
 PAIRED_BY = 8  # of a code's numbers: velocity has no say in who answers for whom
@@ -167,7 +168,7 @@ class QueryHead(nn.Module):
             sample = torch.arange(len(boxes), device=which.device)[:, None]
             code, label = codes[sample, which], labels[sample, which]  # (L, B, Q, 10), (L, B, Q)
 
-            pairs = average_over_processes(has_pair[0].sum().float()).clamp(min=1)
+            pairs = total_over_processes(has_pair[0].sum().float()).clamp(min=1) / num_processes()
             wanted = functional.one_hot(label, logits.shape[-1]) * has_pair[..., None]
             class_terms = sigmoid_focal_loss(logits, wanted.to(logits)).sum(dim=(1, 2, 3)) / pairs
 
@@ -299,15 +300,6 @@ def sigmoid_focal_loss(logits: Tensor, target: Tensor) -> Tensor:
     balance = FOCAL_ALPHA * target + (1 - FOCAL_ALPHA) * (1 - target)
     entropy = functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
     return entropy * balance * miss**FOCAL_GAMMA
-
-
-def average_over_processes(value: Tensor) -> Tensor:
-    """A scalar averaged over the processes of a distributed run; itself where there is one process."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return value
-    total = value.clone()
-    distributed.all_reduce(total)
-    return total / distributed.get_world_size()
 
 
 def class_branch(channels: int, num_classes: int) -> nn.Sequential:
