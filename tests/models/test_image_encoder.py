@@ -60,6 +60,22 @@ def test_stages_have_the_strides_they_say_and_odd_sizes_round_up(backbone, strid
         assert stage.shape == (1, channels, -(-65 // stride), -(-96 // stride))
 
 
+def test_weights_of_the_caffe_style_halve_in_the_first_convolution_of_a_stage() -> None:
+    pytorch, caffe = (ResNet(ResNetConfig(base_width=2, stride_on=on)) for on in ("3x3", "1x1"))
+    caffe.load_state_dict(pytorch.state_dict())
+    strides = [
+        (conv.stride[0] for conv in (block.conv1, block.conv2))
+        for block in (net.layer3[0] for net in (pytorch, caffe))
+    ]
+    assert [tuple(pair) for pair in strides] == [(1, 2), (2, 1)]
+    images = torch.rand(1, 3, 64, 96)
+    mine, theirs = pytorch.eval()(images), caffe.eval()(images)
+    assert [m.shape for m in mine] == [t.shape for t in theirs]
+    assert torch.equal(mine[0], theirs[0]) and not torch.equal(mine[1], theirs[1])
+    with pytest.raises(ConfigError, match="only 50 and 101"):
+        ResNetConfig(depth=18, stride_on="1x1")
+
+
 @pytest.mark.parametrize("stride", [8, 16])
 def test_the_encoder_gives_one_map_per_camera_at_the_stride_asked_for(stride: int) -> None:
     encoder = ImageEncoder(ImageEncoderConfig(backbone=SMALL, out_channels=6, output_stride=stride))

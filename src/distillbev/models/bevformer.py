@@ -476,7 +476,7 @@ def bevformer_small() -> BevFormerConfig:
     return BevFormerConfig(
         grid=BevGrid(cell_m=102.4 / 150),
         image_encoder=ImagePyramidConfig(
-            backbone=ResNetConfig(depth=101), strides=(32,), deformable_stages=(2, 3)
+            backbone=ResNetConfig(depth=101, stride_on="1x1"), strides=(32,), deformable_stages=(2, 3)
         ),
         encoder=EncoderConfig(layers=3),
     )
@@ -485,7 +485,9 @@ def bevformer_small() -> BevFormerConfig:
 def bevformer_base() -> BevFormerConfig:
     """The published base model: deformable ResNet-101, four levels, 200x200 cells of 0.512 m, six layers."""
     return BevFormerConfig(
-        image_encoder=ImagePyramidConfig(backbone=ResNetConfig(depth=101), deformable_stages=(2, 3)),
+        image_encoder=ImagePyramidConfig(
+            backbone=ResNetConfig(depth=101, stride_on="1x1"), deformable_stages=(2, 3)
+        ),
     )
 
 

@@ -30,14 +30,22 @@ RESNET_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 
 
 
 class ResNetConfig(Config, frozen=True):
-    """Our ResNet; its keys are those of public checkpoints. `base_width` 64 is the published one."""
+    """Our ResNet; its keys are those of public checkpoints. `base_width` 64 is the published one.
+
+    `stride_on`: the convolution of a bottleneck that halves the map; the first in weights of the "caffe" style.
+    """
 
     depth: Literal[18, 34, 50, 101] = 50
     base_width: int = 64
+    stride_on: Literal["3x3", "1x1"] = "3x3"
 
     def __post_init__(self) -> None:
         if self.base_width < 1:
             raise ConfigError(f"base_width={self.base_width}; choose 1 or more channels (64 is published)")
+        if self.stride_on == "1x1" and self.depth < 50:
+            raise ConfigError(
+                f"stride_on='1x1' with depth={self.depth}; only 50 and 101 have such convolutions"
+            )
 
 
 class PlainCnnConfig(Config, frozen=True):
@@ -77,7 +85,7 @@ class ImageEncoderConfig(Config, frozen=True):
 
 
 class ResNet(nn.Module):
-    """The four stages, at strides 4, 8, 16 and 32; in bottlenecks the stride is on the 3x3 convolution."""
+    """The four stages, at strides 4, 8, 16 and 32."""
 
     def __init__(self, config: ResNetConfig) -> None:
         super().__init__()
@@ -95,7 +103,7 @@ class ResNet(nn.Module):
             layer = nn.Sequential()
             for index in range(blocks):
                 stride = 2 if stage > 0 and index == 0 else 1
-                layer.append(block(in_channels, planes, stride))
+                layer.append(block(in_channels, planes, stride, config.stride_on))
                 in_channels = planes * block.expansion
             layers.append(layer)
         self.layer1, self.layer2, self.layer3, self.layer4 = layers
@@ -118,7 +126,7 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, in_channels: int, planes: int, stride: int) -> None:
+    def __init__(self, in_channels: int, planes: int, stride: int, stride_on: str = "3x3") -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, planes, 3, stride=stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(planes)
@@ -136,12 +144,13 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, in_channels: int, planes: int, stride: int) -> None:
+    def __init__(self, in_channels: int, planes: int, stride: int, stride_on: str = "3x3") -> None:
         super().__init__()
         out_channels = planes * self.expansion
-        self.conv1 = nn.Conv2d(in_channels, planes, 1, bias=False)
+        first, second = (stride, 1) if stride_on == "1x1" else (1, stride)
+        self.conv1 = nn.Conv2d(in_channels, planes, 1, stride=first, bias=False)
         self.bn1 = nn.BatchNorm2d(planes)
-        self.conv2 = nn.Conv2d(planes, planes, 3, stride=stride, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(planes, planes, 3, stride=second, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(planes)
         self.conv3 = nn.Conv2d(planes, out_channels, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(out_channels)
