@@ -9,8 +9,10 @@ import pytest
 from conftest import REAL_FRAME
 from tiny_nuscenes import edit_table
 
-from distillbev.data import index
-from distillbev.data.index import IndexedTables, NotIndexableError, build_index, index_folders
+from distillbev.data import index, index_writer, token_keys
+from distillbev.data.index import build_index, index_folders
+from distillbev.data.index_reader import IndexedTables
+from distillbev.data.index_writer import NotIndexableError
 from distillbev.data.samples import NuScenes
 from distillbev.errors import DataError
 
@@ -71,7 +73,7 @@ def test_the_index_of_the_real_frame_equals_its_tables(tmp_path: Path):
 def test_tables_read_in_many_chunks_equal_those_read_in_one(
     spoilt_root: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(index, "_CHUNK_BYTES", 700)
+    monkeypatch.setattr(index_writer, "_CHUNK_BYTES", 700)
     assert_equal_to_json(spoilt_root)
 
 
@@ -79,7 +81,7 @@ def test_a_text_that_looks_like_the_end_of_a_row_is_read_whole(
     spoilt_root: Path, monkeypatch: pytest.MonkeyPatch
 ):
     edit_table(spoilt_root, "sample_data", lambda rows: [row.update(fileformat='"},{"') for row in rows])
-    monkeypatch.setattr(index, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(index_writer, "_CHUNK_BYTES", 1)
     assert_equal_to_json(spoilt_root)
 
 
@@ -110,7 +112,7 @@ def test_a_build_that_fails_leaves_nothing(spoilt_root: Path, monkeypatch: pytes
         raise OSError(28, "No space left on device")
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(spoilt_root / "cache"))
-    monkeypatch.setattr(index.np, "save", full_disk)
+    monkeypatch.setattr(index_writer.np, "save", full_disk)
     with pytest.raises(OSError, match="No space"):
         build_index(spoilt_root / "v1.0-mini")
     assert sorted(path.name for path in (spoilt_root / index.FOLDER).iterdir()) == ["v1.0-mini.lock"]
@@ -143,8 +145,8 @@ def test_a_token_that_occurs_twice_is_not_indexed(spoilt_root: Path):
 
 def test_keys_of_many_texts_equal_those_of_each():
     texts = [b"a", b"12345678", b"123456789", "ä ö".encode(), b"0123456789abcdef" * 2, b""]
-    keys = index._keys_of(np.array(texts))
-    assert [int(key) for key in keys] == [int(index._key_of(text)) for text in texts]
+    keys = token_keys.keys_of(np.array(texts))
+    assert [int(key) for key in keys] == [int(token_keys.key_of(text)) for text in texts]
     assert len(set(keys.tolist())) == len(texts)
 
 

@@ -6,7 +6,8 @@ import time
 from pathlib import Path
 
 from ..errors import DataError
-from .index import NotIndexableError, build_index, index_folders
+from .index import build_index, changed_tables, find_index
+from .index_writer import NotIndexableError
 from .tables import find_version_folder
 
 
@@ -17,7 +18,7 @@ def prepare(root: Path, version: str | None = None) -> str:
         DataError: the tables are faulty, or there is no place to write to.
     """
     folder = find_version_folder(root, version)
-    there = any((place / "index.json").exists() for place in index_folders(folder))
+    there, changed = find_index(folder), changed_tables(folder)
     start = time.perf_counter()
     try:
         place = build_index(folder)
@@ -26,5 +27,7 @@ def prepare(root: Path, version: str | None = None) -> str:
             f"{folder}: no index, for {error}; `distillbev prepare {root} --check` lists what is wrong"
         ) from None
     size_mb = sum(path.stat().st_size for path in place.iterdir()) / 1e6
-    told = "up to date" if there else f"built in {time.perf_counter() - start:.1f} s"
+    told = f"built in {time.perf_counter() - start:.1f} s" if there is None else "up to date"
+    if there is None and changed:
+        told += f", for {' and '.join(f'{name}.json' for name in changed)} changed"
     return f"{place}: {told}, {size_mb:.1f} MB"

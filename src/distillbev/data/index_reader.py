@@ -1,0 +1,252 @@
+"""Reads the columns that `index_writer.py` wrote: the same rows as of the JSON tables, made when asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Generic
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import DataError
+from .index_writer import LAYOUTS
+from .tables import (
+    AnnotationRow,
+    EgoPoseRow,
+    InstanceRow,
+    RowsByToken,
+    RowT,
+    SampleDataRow,
+    SampleRow,
+    Tables,
+)
+from .token_keys import TokenOrder
+
+LIST = "index.json"  # of the files with their sizes, written last
+
+
+def is_whole(place: Path) -> bool:
+    """Whether every file of an index is there in the length that its list says."""
+    try:
+        files: dict[str, int] = json.loads((place / LIST).read_text())["files"]
+        return all((place / name).stat().st_size == size for name, size in files.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+class IndexTable(RowsByToken[RowT]):
+    """One table of an index. Columns are mapped: their pages are shared by all processes that read them."""
+
+    def __init__(self, name: str, place: Path, make: Callable[[IndexTable[RowT], int], RowT]) -> None:
+        self.name = name
+        self._place = place
+        self._make = make
+        self._columns: dict[str, NDArray[Any]] = {}
+        for path in place.glob(f"{name}.*.npy"):
+            mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+            self._columns[path.name[len(name) + 1 : -4]] = mapped.view(np.ndarray)
+        self._tokens = TokenOrder(self["token"], self["order"], self["sorted_keys"])
+
+    def __getitem__(self, column: str) -> NDArray[Any]:
+        return self._columns[column]
+
+    def __len__(self) -> int:
+        return len(self["token"])
+
+    def __iter__(self) -> Iterator[RowT]:
+        return (self.row(number) for number in range(len(self)))
+
+    def row(self, number: int) -> RowT:
+        try:
+            return self._make(self, number)
+        except (IndexError, UnicodeDecodeError) as error:
+            raise _damaged(self._place, error) from None
+
+    def number_of(self, token: str) -> int | None:
+        try:
+            return self._tokens.row_of(token)
+        except IndexError as error:
+            raise _damaged(self._place, error) from None
+
+    def get(self, token: str) -> RowT | None:
+        number = self.number_of(token)
+        return None if number is None else self.row(number)
+
+    def text(self, column: str, number: int) -> str:
+        return self[column][number].decode()
+
+    def coded(self, column: str, number: int) -> str:
+        """Of a column that repeats few texts: its vocabulary lies beside the codes."""
+        code = self[column][number]
+        return "" if code < 0 else self[f"{column}.texts"][code].decode()
+
+    def link(self, column: str, number: int) -> str:
+        """Token of the row of this table that a column of row numbers leads to; "" for -1."""
+        target = self[column][number]
+        return "" if target < 0 else self.text("token", target)
+
+
+class RowsOfSample(Mapping[str, list[str]], Generic[RowT]):
+    """Sample token -> tokens of the rows that belong to it."""
+
+    def __init__(self, samples: IndexTable[SampleRow], rows: IndexTable[RowT]) -> None:
+        self._samples = samples
+        self._rows = rows
+
+    def numbers(self, token: str) -> NDArray[np.int32]:
+        number = self._samples.number_of(token)
+        if number is None:
+            raise KeyError(token)
+        starts = self._rows["group_starts"]
+        return self._rows["grouped"][starts[number] : starts[number + 1]]
+
+    def __getitem__(self, token: str) -> list[str]:
+        return [text.decode() for text in self._rows["token"][self.numbers(token)]]
+
+    def __iter__(self) -> Iterator[str]:
+        return (row.token for row in self._samples)
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+
+class IndexedTables(Tables):
+    """The tables of a version folder, the big ones through an index in the folder `place`.
+
+    Raises (here or in any method):
+        DataError: the index is damaged.
+    """
+
+    def __init__(self, folder: Path, place: Path) -> None:
+        super().__init__(folder)
+        self.place = place
+        # All files at once: should the tables change, another process may take files away, but not maps.
+        try:
+            for name in LAYOUTS:
+                getattr(self, name)
+        except (OSError, ValueError, KeyError) as error:
+            raise _damaged(place, error) from None
+
+    def __reduce__(self) -> tuple[type[IndexedTables], tuple[Path, Path]]:
+        # A worker maps the files itself; a copy would be gigabytes.
+        return IndexedTables, (self.folder, self.place)
+
+    @cached_property
+    def sample(self) -> IndexTable[SampleRow]:
+        return IndexTable("sample", self.place, _sample_row)
+
+    @cached_property
+    def instance(self) -> IndexTable[InstanceRow]:
+        return IndexTable("instance", self.place, _instance_row)
+
+    @cached_property
+    def ego_pose(self) -> IndexTable[EgoPoseRow]:
+        return IndexTable("ego_pose", self.place, _ego_pose_row)
+
+    @cached_property
+    def sample_data(self) -> IndexTable[SampleDataRow]:
+        def row(table: IndexTable[SampleDataRow], number: int) -> SampleDataRow:
+            return SampleDataRow(
+                token=table.text("token", number),
+                sample_token=self.sample.text("token", table["sample"][number]),
+                ego_pose_token=self.ego_pose.text("token", table["ego_pose"][number]),
+                calibrated_sensor_token=table.coded("calibrated_sensor", number),
+                timestamp=int(table["timestamp"][number]),
+                is_key_frame=bool(table["is_key_frame"][number]),
+                filename=table.text("filename", number),
+                prev=table.link("prev", number),
+                width=int(table["width"][number]),
+                height=int(table["height"][number]),
+            )
+
+        return IndexTable("sample_data", self.place, row)
+
+    @cached_property
+    def sample_annotation(self) -> IndexTable[AnnotationRow]:
+        def row(table: IndexTable[AnnotationRow], number: int) -> AnnotationRow:
+            attribute = table.coded("attribute", number)
+            return AnnotationRow(
+                token=table.text("token", number),
+                sample_token=self.sample.text("token", table["sample"][number]),
+                instance_token=self.instance.text("token", table["instance"][number]),
+                visibility_token=table.coded("visibility", number),
+                attribute_tokens=[attribute] if attribute else [],
+                translation=tuple(table["translation"][number].tolist()),
+                size=tuple(table["size"][number].tolist()),
+                rotation=tuple(table["rotation"][number].tolist()),
+                prev=table.link("prev", number),
+                next=table.link("next", number),
+                num_lidar_pts=int(table["num_lidar_pts"][number]),
+                num_radar_pts=int(table["num_radar_pts"][number]),
+            )
+
+        return IndexTable("sample_annotation", self.place, row)
+
+    @cached_property
+    def samples_of_scene(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {scene.token: [] for scene in self.scene}
+        for number in np.lexsort((self.sample["timestamp"], self.sample["scene"])).tolist():
+            scene = self.sample.coded("scene", number)
+            if scene not in found:
+                self.scene.follow(scene, "sample", self.sample.row(number), "scene_token")
+            found[scene].append(self.sample.text("token", number))
+        return found
+
+    @cached_property
+    def key_data_of_sample(self) -> RowsOfSample[SampleDataRow]:
+        return RowsOfSample(self.sample, self.sample_data)
+
+    @cached_property
+    def annotations_of_sample(self) -> RowsOfSample[AnnotationRow]:
+        return RowsOfSample(self.sample, self.sample_annotation)
+
+    def categories_of_sample(self, token: str) -> list[tuple[str, int]]:
+        rows = self.annotations_of_sample.numbers(token)
+        annotations, instances = self.sample_annotation, self.instance
+        points = annotations["num_lidar_pts"][rows] + annotations["num_radar_pts"][rows]
+        codes = instances["category"][annotations["instance"][rows]]
+        return [
+            (self._category_name(code), count)
+            for code, count in zip(codes.tolist(), points.tolist(), strict=True)
+        ]
+
+    def _category_name(self, code: int) -> str:
+        if code not in self._category_names:
+            row = self.instance.row(int(np.argmax(self.instance["category"] == code)))
+            self._category_names[code] = self.category.follow(
+                row.category_token, "instance", row, "category_token"
+            ).name
+        return self._category_names[code]
+
+    @cached_property
+    def _category_names(self) -> dict[int, str]:
+        return {}
+
+
+def _sample_row(table: IndexTable[SampleRow], number: int) -> SampleRow:
+    return SampleRow(
+        token=table.text("token", number),
+        timestamp=int(table["timestamp"][number]),
+        scene_token=table.coded("scene", number),
+        prev=table.link("prev", number),
+        next=table.link("next", number),
+    )
+
+
+def _instance_row(table: IndexTable[InstanceRow], number: int) -> InstanceRow:
+    return InstanceRow(token=table.text("token", number), category_token=table.coded("category", number))
+
+
+def _ego_pose_row(table: IndexTable[EgoPoseRow], number: int) -> EgoPoseRow:
+    return EgoPoseRow(
+        token=table.text("token", number),
+        translation=tuple(table["translation"][number].tolist()),
+        rotation=tuple(table["rotation"][number].tolist()),
+    )
+
+
+def _damaged(place: Path, error: Exception) -> DataError:
+    return DataError(f"{place}: the index is damaged ({error}); delete this folder, and it is built again")

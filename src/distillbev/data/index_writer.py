@@ -1,0 +1,301 @@
+"""Writes the big JSON tables as columns in .npy files, one file per column, with links as row numbers.
+
+Only a copy of what `tables.py` reads, row for row: faulty tables (broken links, tokens that occur twice) are
+refused, so that their errors are always told by the JSON path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import DataError
+from .tables import AnnotationRow, EgoPoseRow, InstanceRow, Row, SampleDataRow, SampleRow, read_rows
+from .token_keys import TokenOrder
+
+# The biggest table goes to a second process, unless the start of one (0.2 s) would be longer than the work.
+SECOND_PROCESS_FROM_BYTES = 32 * 2**20
+LONGEST_TEXT = 255  # characters; columns are as wide as their longest text
+
+_CHUNK_BYTES = 8 * 2**20
+_ROW_BORDER = re.compile(rb"\}\s*,\s*\{")
+
+
+class NotIndexableError(Exception):
+    """The tables are absent or faulty; the JSON path says how."""
+
+
+class Codes(defaultdict[str, int]):
+    """Text -> number in the order of appearance, for columns that repeat few texts."""
+
+    def __missing__(self, text: str) -> int:
+        self[text] = len(self)
+        return self[text]
+
+
+Columns = dict[str, NDArray[Any]]
+CodesOfColumns = defaultdict[str, Codes]
+
+
+def write_columns(folder: Path, place: Path) -> None:
+    """Writes the columns of all indexed tables of a version folder into the folder `place`.
+
+    Raises:
+        NotIndexableError: a table is absent or faulty.
+        OSError: no room, or no right to write.
+    """
+    with _written_beside(folder, place, "sample_data"):
+        for name in LAYOUTS:
+            if name != "sample_data":
+                _write_table(folder, place, name)
+    for name in LAYOUTS:
+        _link_table(place, name)
+
+
+@contextlib.contextmanager
+def _written_beside(folder: Path, place: Path, name: str) -> Iterator[None]:
+    """Writes a table in a second process while the body runs; in this one where that fails, to hear its error."""
+    path = folder / f"{name}.json"
+    process = None
+    if path.is_file() and path.stat().st_size >= SECOND_PROCESS_FROM_BYTES:
+        command = [sys.executable, "-P", "-m", __name__, str(folder), str(place), name]
+        quiet = subprocess.DEVNULL
+        with contextlib.suppress(OSError):
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet)
+    try:
+        yield
+        if process is None or process.wait() != 0:
+            _write_table(folder, place, name)
+    finally:
+        if process is not None:
+            process.kill()
+            process.wait()
+            process.stdin.close()  # type: ignore[union-attr]
+
+
+def _write_table(folder: Path, place: Path, name: str) -> None:
+    """Writes the columns of one table; its links to other tables are texts until `_link_table`."""
+    layout = LAYOUTS[name]
+    columns = _read_columns(folder / f"{name}.json", layout)
+    tokens = TokenOrder.of(columns["token"])
+    repeated = tokens.repeated()
+    if repeated:
+        raise NotIndexableError(
+            f"{name}.json has {len(repeated)} tokens more than once, such as {repeated[0]!r}"
+        )
+    for column, target in layout.links.items():
+        if target == name:
+            columns[column] = _followed(columns[column], tokens, f"{name}.{column}", may_be_empty=True)
+    _save(place, name, columns | {"order": tokens.order, "sorted_keys": tokens.sorted_keys})
+
+
+def _link_table(place: Path, name: str) -> None:
+    """Turns the links of a table to others into row numbers, and lists its rows sample by sample."""
+
+    def column(table: str, name: str) -> NDArray[Any]:
+        return np.load(place / f"{table}.{name}.npy", allow_pickle=False)
+
+    for link, target in LAYOUTS[name].links.items():
+        if target == name:
+            continue
+        tokens = TokenOrder(*(column(target, part) for part in ("token", "order", "sorted_keys")))
+        rows = _followed(column(name, link), tokens, f"{name}.{link}_token", may_be_empty=False)
+        columns = {link: rows}
+        if target == "sample":
+            chosen = column(name, "is_key_frame") if name == "sample_data" else None
+            columns |= _grouped(rows, len(tokens.tokens), chosen)
+        _save(place, name, columns)
+
+
+def _save(place: Path, table: str, columns: Columns) -> None:
+    for name, column in columns.items():
+        np.save(place / f"{table}.{name}.npy", column, allow_pickle=False)
+
+
+def _followed(
+    links: NDArray[np.bytes_], tokens: TokenOrder, field: str, may_be_empty: bool
+) -> NDArray[np.int32]:
+    """Row numbers of the tokens that a column links to, -1 where it is empty."""
+    rows = tokens.rows_of(links)
+    broken = (rows < 0) & (links != b"") if may_be_empty else rows < 0
+    if broken.any():
+        lost = links[np.argmax(broken)].decode()
+        raise NotIndexableError(f"{field} {lost!r} leads nowhere, as do {int(broken.sum()) - 1} more")
+    return rows
+
+
+def _grouped(owners: NDArray[Any], num_owners: int, chosen: NDArray[np.bool_] | None) -> Columns:
+    """Rows by owner, in the order of the table within each."""
+    rows = np.arange(len(owners)) if chosen is None else np.flatnonzero(chosen)
+    order = np.argsort(owners[rows], kind="stable")
+    counts = np.bincount(owners[rows], minlength=num_owners)
+    starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    return {"grouped": rows[order].astype(np.int32), "group_starts": starts}
+
+
+# Rows to columns ------------------------------------------------------------------------------------------------
+
+
+def _sample_columns(rows: list[SampleRow], codes: CodesOfColumns) -> Columns:
+    return {
+        "token": _texts([row.token for row in rows]),
+        "timestamp": np.array([row.timestamp for row in rows], dtype=np.int64),
+        "scene": _coded([row.scene_token for row in rows], codes["scene"]),
+        "prev": _texts([row.prev for row in rows]),
+        "next": _texts([row.next for row in rows]),
+    }
+
+
+def _instance_columns(rows: list[InstanceRow], codes: CodesOfColumns) -> Columns:
+    return {
+        "token": _texts([row.token for row in rows]),
+        "category": _coded([row.category_token for row in rows], codes["category"]),
+    }
+
+
+def _ego_pose_columns(rows: list[EgoPoseRow], codes: CodesOfColumns) -> Columns:
+    return {
+        "token": _texts([row.token for row in rows]),
+        "translation": np.array([row.translation for row in rows], dtype=np.float64).reshape(-1, 3),
+        "rotation": np.array([row.rotation for row in rows], dtype=np.float64).reshape(-1, 4),
+    }
+
+
+def _sample_data_columns(rows: list[SampleDataRow], codes: CodesOfColumns) -> Columns:
+    calibrations = [row.calibrated_sensor_token for row in rows]
+    return {
+        "token": _texts([row.token for row in rows]),
+        "sample": _texts([row.sample_token for row in rows]),
+        "ego_pose": _texts([row.ego_pose_token for row in rows]),
+        "calibrated_sensor": _coded(calibrations, codes["calibrated_sensor"]),
+        "timestamp": np.array([row.timestamp for row in rows], dtype=np.int64),
+        "is_key_frame": np.array([row.is_key_frame for row in rows], dtype=np.bool_),
+        "filename": _texts([row.filename for row in rows]),
+        "prev": _texts([row.prev for row in rows]),
+        "width": np.array([row.width for row in rows], dtype=np.int32),
+        "height": np.array([row.height for row in rows], dtype=np.int32),
+    }
+
+
+def _annotation_columns(rows: list[AnnotationRow], codes: CodesOfColumns) -> Columns:
+    attributes = [row.attribute_tokens[0] if row.attribute_tokens else "" for row in rows]
+    return {
+        "token": _texts([row.token for row in rows]),
+        "sample": _texts([row.sample_token for row in rows]),
+        "instance": _texts([row.instance_token for row in rows]),
+        "visibility": _coded([row.visibility_token for row in rows], codes["visibility"]),
+        "attribute": _coded(attributes, codes["attribute"]),
+        "translation": np.array([row.translation for row in rows], dtype=np.float64).reshape(-1, 3),
+        "size": np.array([row.size for row in rows], dtype=np.float64).reshape(-1, 3),
+        "rotation": np.array([row.rotation for row in rows], dtype=np.float64).reshape(-1, 4),
+        "prev": _texts([row.prev for row in rows]),
+        "next": _texts([row.next for row in rows]),
+        "num_lidar_pts": np.array([row.num_lidar_pts for row in rows], dtype=np.int64),
+        "num_radar_pts": np.array([row.num_radar_pts for row in rows], dtype=np.int64),
+    }
+
+
+def _texts(texts: list[str]) -> NDArray[np.bytes_]:
+    if max(map(len, texts), default=0) > LONGEST_TEXT or "\0" in "".join(texts):
+        raise NotIndexableError(
+            f"a token or file name of over {LONGEST_TEXT} characters, or with a zero byte"
+        )
+    try:
+        return np.array(texts, dtype=np.bytes_)  # four times as fast as what follows, but ASCII only
+    except UnicodeEncodeError:
+        return np.array([text.encode() for text in texts], dtype=np.bytes_)
+
+
+def _coded(texts: list[str], codes: Codes) -> NDArray[np.int32]:
+    return np.array([codes[text] if text else -1 for text in texts], dtype=np.int32)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a table becomes columns. Links: column -> table; those within a table may be empty."""
+
+    row_type: type[Row]
+    columns: Callable[[list[Any], CodesOfColumns], Columns]
+    links: Mapping[str, str] = field(default_factory=dict)
+
+
+# Of what a link leads to before what has the link.
+LAYOUTS = {
+    "sample": Layout(SampleRow, _sample_columns, {"prev": "sample", "next": "sample"}),
+    "instance": Layout(InstanceRow, _instance_columns),
+    "ego_pose": Layout(EgoPoseRow, _ego_pose_columns),
+    "sample_data": Layout(
+        SampleDataRow,
+        _sample_data_columns,
+        {"sample": "sample", "ego_pose": "ego_pose", "prev": "sample_data"},
+    ),
+    "sample_annotation": Layout(
+        AnnotationRow,
+        _annotation_columns,
+        {
+            "sample": "sample",
+            "instance": "instance",
+            "prev": "sample_annotation",
+            "next": "sample_annotation",
+        },
+    ),
+}
+
+
+# JSON to rows ---------------------------------------------------------------------------------------------------
+
+
+def _read_columns(path: Path, layout: Layout) -> Columns:
+    """A whole table as columns, read some thousand rows at a time."""
+    codes: CodesOfColumns = defaultdict(Codes)
+    try:
+        try:
+            parts = [layout.columns(rows, codes) for rows in _chunks(path, layout.row_type)]
+        except (msgspec.DecodeError, ValueError):
+            codes.clear()  # the whole at once tells errors and takes the NaN of Python's json
+            parts = [layout.columns(read_rows(path, layout.row_type), codes)]
+    except (DataError, ValueError, OverflowError) as error:
+        raise NotIndexableError(str(error)) from None
+    # Column by column, giving each part's memory back: this is the peak.
+    columns = {name: np.concatenate([part.pop(name) for part in parts]) for name in list(parts[0])}
+    return columns | {f"{name}.texts": _texts(list(texts)) for name, texts in codes.items()}
+
+
+def _chunks(path: Path, row_type: type[Row]) -> Iterator[list[Any]]:
+    """Rows of a table, cut where a row ends; a cut inside a text or a row makes no JSON, and so is noticed."""
+    decoder = msgspec.json.Decoder(list[row_type])
+    if not path.is_file() or path.stat().st_size == 0:
+        raise NotIndexableError(f"{path}: no such table, or an empty file")
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        start, head = 0, b""
+        while start < len(content):
+            border = _ROW_BORDER.search(content, start + _CHUNK_BYTES)
+            if border is None:
+                yield decoder.decode(head + content[start:])
+                return
+            yield decoder.decode(head + content[start : border.start() + 1] + b"]")
+            start, head = border.end() - 1, b"["
+
+
+def _end_with_parent() -> None:
+    sys.stdin.read()  # returns when the other end closes, however the parent died
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _write_table(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
