@@ -80,7 +80,8 @@ def synthetic_boxes(num_samples: int, boxes_per_sample: int, seed: int) -> tuple
     scenes = tuple(f"scene-{i // SAMPLES_PER_SCENE}" for i in range(num_samples))
     lidar2global = np.tile(np.eye(4), (num_samples, 1, 1))
     lidar2global[:, :2, 3] = ego_xy_m
-    return GroundTruth(truth, racks, scenes, lidar2global, ego_xy_m), found
+    visibility = rng.integers(1, 5, len(truth))
+    return GroundTruth(truth, racks, scenes, lidar2global, ego_xy_m, visibility), found
 
 
 def devkit_boxes(boxes: EvalBoxes, ego_xy_m: np.ndarray):

@@ -21,6 +21,7 @@ from .metrics import (
     DetectionEvalConfig,
     DetectionMetrics,
     Matches,
+    PairedBoxes,
     average_precision,
     blank_undefined,
     compute_metrics,
@@ -43,6 +44,13 @@ class Interval:
     level: float
     resampled: Array
 
+    @staticmethod
+    def of(values: Array, level: float) -> Interval:
+        """From the value on the whole set (first) and on each draw; draws without a value are left out."""
+        drawn = values[1:][~np.isnan(values[1:])]
+        low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2]) if len(drawn) else (np.nan, np.nan)
+        return Interval(float(values[0]), float(low), float(high), level, drawn)
+
     @property
     def share_above_zero(self) -> float:
         """Share of the draws with a value above zero; for a difference, how often the second won."""
@@ -54,11 +62,12 @@ class Interval:
 
 @dataclass(frozen=True)
 class BootstrapResult:
-    """Intervals of the headline numbers, and of each class's AP (mean over thresholds)."""
+    """Intervals of the headline numbers, of each class's AP (mean over thresholds), of the errors' means."""
 
     mean_ap: Interval
     nds: Interval
     class_ap: dict[str, Interval]
+    mean_errors: dict[str, Interval]
 
 
 def bootstrap(matches: Matches, repeats: int = 1000, seed: int = 0, level: float = 0.95) -> BootstrapResult:
@@ -79,7 +88,7 @@ def bootstrap(matches: Matches, repeats: int = 1000, seed: int = 0, level: float
         ConfigError: fewer than one repeat, or a level outside (0, 1).
         DataError: fewer than two scenes.
     """
-    drawn = _draw(matches, repeats, seed, level)
+    drawn = draw_scenes(matches, repeats, seed, level)
     return _intervals(_Numbers.of(matches, drawn), level)
 
 
@@ -103,43 +112,56 @@ def paired_bootstrap(
             raise DataError(
                 f"the two sets differ in ground-truth boxes of class {name}; use the same annotations"
             )
-    drawn = _draw(first, repeats, seed, level)
+    drawn = draw_scenes(first, repeats, seed, level)
     one, other = _Numbers.of(first, drawn), _Numbers.of(second, drawn)
-    return _intervals(
-        _Numbers(other.mean_ap - one.mean_ap, other.nds - one.nds, other.class_ap - one.class_ap), level
+    differences = _Numbers(
+        other.mean_ap - one.mean_ap,
+        other.nds - one.nds,
+        other.class_ap - one.class_ap,
+        other.mean_errors - one.mean_errors,
     )
+    return _intervals(differences, level)
 
 
 @dataclass(frozen=True)
 class _Numbers:
-    """mAP (R), NDS (R) and class AP (R, C); row 0 is the whole set."""
+    """mAP (R), NDS (R), class AP (R, C) and mean errors (R, 5); row 0 is the whole set."""
 
     mean_ap: Array
     nds: Array
     class_ap: Array
+    mean_errors: Array
 
     @staticmethod
     def of(matches: Matches, times: NDArray[np.int64]) -> _Numbers:
         ap, errors = weighted_metrics(matches, np.concatenate([np.ones_like(times[:1]), times]))
         class_ap = ap.mean(axis=-1)
         mean_ap = class_ap.mean(axis=-1)
-        scores = np.maximum(1 - np.nanmean(errors, axis=1), 0)
+        mean_errors = np.nanmean(errors, axis=1)
+        scores = np.maximum(1 - mean_errors, 0)
         weight = matches.config.mean_ap_weight
         nds = (weight * mean_ap + scores.sum(axis=-1)) / (weight + len(ERRORS))
-        return _Numbers(mean_ap, nds, class_ap)
+        return _Numbers(mean_ap, nds, class_ap, mean_errors)
 
 
 def _intervals(numbers: _Numbers, level: float) -> BootstrapResult:
-    def interval(values: Array) -> Interval:
-        low, high = np.quantile(values[1:], [(1 - level) / 2, (1 + level) / 2])
-        return Interval(float(values[0]), float(low), float(high), level, values[1:])
+    return BootstrapResult(
+        Interval.of(numbers.mean_ap, level),
+        Interval.of(numbers.nds, level),
+        {name: Interval.of(numbers.class_ap[:, c], level) for c, name in enumerate(CLASSES)},
+        {name: Interval.of(numbers.mean_errors[:, e], level) for e, name in enumerate(ERRORS)},
+    )
 
-    by_class = {name: interval(numbers.class_ap[:, c]) for c, name in enumerate(CLASSES)}
-    return BootstrapResult(interval(numbers.mean_ap), interval(numbers.nds), by_class)
 
+def draw_scenes(
+    matches: Matches | PairedBoxes, repeats: int, seed: int, level: float = 0.95
+) -> NDArray[np.int64]:
+    """(repeats, scenes) how often each scene, in order of first appearance, is drawn.
 
-def _draw(matches: Matches, repeats: int, seed: int, level: float) -> NDArray[np.int64]:
-    """(R, scenes) how often each scene, in order of first appearance, is drawn."""
+    Raises:
+        ConfigError: fewer than one repeat, or a level outside (0, 1).
+        DataError: fewer than two scenes.
+    """
     if repeats < 1 or not 0 < level < 1:
         raise ConfigError(
             f"repeats={repeats}, level={level}; choose at least one repeat and a level in (0, 1)"
@@ -150,7 +172,7 @@ def _draw(matches: Matches, repeats: int, seed: int, level: float) -> NDArray[np
     return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=repeats)
 
 
-def scene_indices(matches: Matches) -> NDArray[np.int64]:
+def scene_indices(matches: Matches | PairedBoxes) -> NDArray[np.int64]:
     """(S,) index of each sample's scene, scenes numbered as they first appear."""
     number = {scene: index for index, scene in enumerate(dict.fromkeys(matches.scenes))}
     return np.array([number[scene] for scene in matches.scenes], dtype=np.int64)
@@ -192,58 +214,103 @@ def weighted_metrics(matches: Matches, times: NDArray[np.int64]) -> tuple[Array,
         tp_errors: (R, C, 5) as ERRORS, NaN where a class has no such error.
     """
     config = matches.config
+    at_tp = config.dist_ths_m.index(config.dist_th_tp_m)
     times_of_sample = times[:, scene_indices(matches)]
-    ap = np.zeros((len(times), len(CLASSES), len(config.dist_ths_m)))
     errors = np.ones((len(times), len(CLASSES), len(ERRORS)))
     for c, one in enumerate(matches.classes):
-        step = max(1, ENTRIES_PER_CHUNK // max(1, len(one.scores)))
-        for start in range(0, len(times), step):
-            chunk = slice(start, start + step)
-            ap[chunk, c], errors[chunk, c] = _weighted_class(one, times_of_sample[chunk], config)
-    return ap, blank_undefined(errors)
+        for chunk in _chunks(len(times), len(one.scores)):
+            errors[chunk, c] = _class_errors(one, at_tp, times_of_sample[chunk], config)
+    return weighted_ap(matches, times), blank_undefined(errors)
 
 
-def _weighted_class(
-    one: ClassMatches, times: NDArray[np.int64], config: DetectionEvalConfig
-) -> tuple[Array, Array]:
-    """(r, S) draws -> AP (r, D) and errors (r, 5) of one class.
+def weighted_ap(matches: Matches, times: NDArray[np.int64]) -> Array:
+    """The average precisions of `weighted_metrics` alone, which cost far less: (R, scenes) -> (R, C, D)."""
+    scene_of_sample = scene_indices(matches)
+    ap = np.zeros((len(times), len(CLASSES), len(matches.config.dist_ths_m)))
+    for c, one in enumerate(matches.classes):
+        positives = np.bincount(scene_of_sample, one.positives, times.shape[1]).astype(np.int64)
+        scenes = scene_of_sample[one.sample_index]
+        for d, is_match in enumerate(one.is_match):
+            for chunk in _chunks(len(times), int(np.count_nonzero(is_match))):
+                drawn = times[chunk]
+                ap[chunk, c, d] = _class_ap(scenes, is_match, drawn @ positives, drawn, matches.config)
+    return ap
+
+
+def _chunks(draws: int, entries: int) -> list[slice]:
+    step = max(1, ENTRIES_PER_CHUNK // max(1, entries))
+    return [slice(start, start + step) for start in range(0, draws, step)]
+
+
+def _class_ap(
+    scenes: NDArray[np.int64],
+    is_match: NDArray[np.bool_],
+    positives: NDArray[np.int64],
+    times: NDArray[np.int64],
+    config: DetectionEvalConfig,
+) -> Array:
+    """(r,) AP of one class at one threshold, detections (n,) given by falling score.
 
     An interpolated curve is needed at 101 recalls only. With `positives` boxes, recall q lies between hit
     number h = floor(q * positives) and the next; which detection is hit h + 1, and how many misses stand
     before it, follows from running sums of the weights.
     """
-    ap = np.zeros((len(times), len(config.dist_ths_m)))
-    tp_errors = np.ones((len(times), len(ERRORS)))
+    if not is_match.any() or not positives.any():
+        return np.zeros(len(times))
+    hits = np.cumsum(times[:, scenes[is_match]], axis=1)  # (r, M) up to and with this match
+    misses = _misses_before(scenes, is_match, times)  # (r, M + 1), the last one: in all
+    hit_below = _whole_hits(positives)  # (r, 101)
+    between = _Between.of(hits, hit_below, positives)
+    missed = between.pick(misses)
+    precision = between.interpolate(
+        _ratio(hit_below, hit_below + missed),
+        _ratio(hit_below + 1, hit_below + 1 + missed),
+        at_end=_ratio(hits[:, -1:], hits[:, -1:] + misses[:, -1:]),
+    )
+    # Before the first hit np.interp repeats the first entry: that hit, or else a miss at recall 0.
+    precision = np.where(between.before_all & (missed == 0), 1.0, precision)
+    precision[(hits[:, -1] == 0) | (positives == 0)] = 0
+    return average_precision(precision, config)
+
+
+def _misses_before(
+    scenes: NDArray[np.int64], is_match: NDArray[np.bool_], times: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """(r, M + 1) false detections before each of the M matches, and in all.
+
+    They are counted by scene and by the match that follows, so that a draw is a matrix product; the counts
+    are whole and small, thus exact in floating point.
+    """
+    num_matches, num_scenes = int(np.count_nonzero(is_match)), times.shape[1]
+    scene, following = scenes[~is_match], np.cumsum(is_match)[~is_match]  # `following` rises
+    misses = np.empty((len(times), num_matches + 1))
+    step = max(1, ENTRIES_PER_CHUNK // num_scenes)
+    for start in range(0, num_matches + 1, step):
+        stop = min(start + step, num_matches + 1)
+        rows = slice(*np.searchsorted(following, [start, stop]))
+        cells = scene[rows] * (stop - start) + following[rows] - start
+        counts = np.bincount(cells, minlength=num_scenes * (stop - start)).reshape(num_scenes, -1)
+        misses[:, start:stop] = times.astype(np.float64) @ counts.astype(np.float64)
+    return np.cumsum(misses, axis=1).astype(np.int64)
+
+
+def _class_errors(
+    one: ClassMatches, at_tp: int, times: NDArray[np.int64], config: DetectionEvalConfig
+) -> Array:
+    """(r, S) draws -> (r, 5) errors of one class at the threshold for true positives."""
     positives = times @ one.positives
-    if len(one.scores) == 0 or not positives.any():
-        return ap, tp_errors
+    at = np.flatnonzero(one.is_match[at_tp])
+    if len(at) == 0 or not positives.any():
+        return np.ones((len(times), len(ERRORS)))
     copies = times[:, one.sample_index]  # (r, n)
     entries = np.cumsum(copies, axis=1)
-    hit_below = _whole_hits(positives)  # (r, 101)
-    for d, (is_match, threshold) in enumerate(zip(one.is_match, config.dist_ths_m, strict=True)):
-        at = np.flatnonzero(is_match)
-        if len(at) == 0:
-            continue
-        hits = np.cumsum(copies[:, at], axis=1)  # (r, M) hits up to and with this match
-        misses = entries[:, at] - hits
-        between = _Between.of(hits, hit_below, positives)
-        precision = between.interpolate(
-            _ratio(hit_below, hit_below + between.pick(misses)),
-            _ratio(hit_below + 1, hit_below + 1 + between.pick(misses)),
-            at_end=_ratio(hits[:, -1:], entries[:, -1:]),
-        )
-        # Before the first hit np.interp repeats the first entry: that hit, or else a miss at recall 0.
-        precision = np.where(between.before_all & (between.pick(misses) == 0), 1.0, precision)
-        precision[hits[:, -1] == 0] = 0
-        ap[:, d] = average_precision(precision, config)
-        if threshold == config.dist_th_tp_m:
-            confidence = _confidence(one.scores, at, copies, entries, hits, misses, between)
-            tp_errors = _weighted_errors(
-                one.scores[at], one.errors[d], copies[:, at], hits, confidence, config
-            )
-    ap[positives == 0] = 0
-    tp_errors[positives == 0] = 1
-    return ap, tp_errors
+    hits = np.cumsum(copies[:, at], axis=1)  # (r, M)
+    misses = entries[:, at] - hits
+    between = _Between.of(hits, _whole_hits(positives), positives)
+    confidence = _confidence(one.scores, at, copies, entries, hits, misses, between)
+    errors = _weighted_errors(one.scores[at], one.errors[at_tp], copies[:, at], hits, confidence, config)
+    errors[positives == 0] = 1
+    return errors
 
 
 def _whole_hits(positives: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -106,6 +106,7 @@ class GroundTruth:
         scenes: (S) name of each sample's scene.
         lidar2global: (S, 4, 4).
         ego_xy_m: (S, 2) global position of the ego vehicle at the key LiDAR sweep.
+        visibility: of each of the `boxes`, 1 (least) to 4, 0 unknown.
     """
 
     boxes: EvalBoxes
@@ -113,6 +114,7 @@ class GroundTruth:
     scenes: tuple[str, ...]
     lidar2global: Array
     ego_xy_m: Array
+    visibility: NDArray[np.int64]
 
 
 def yaw_of_quaternion(quat_wxyz: Array) -> Array:
@@ -149,6 +151,7 @@ def ground_truth_boxes(samples: Sequence[Sample]) -> GroundTruth:
         DataError: a sample has no annotations, or an attribute that nuScenes does not know.
     """
     boxes, racks = _Rows(samples), _Rows(samples)
+    visibility = [np.zeros(0, dtype=np.int64)]
     for index, sample in enumerate(samples):
         annotations = sample.annotations
         if annotations is None:
@@ -157,6 +160,7 @@ def ground_truth_boxes(samples: Sequence[Sample]) -> GroundTruth:
                 "leave it out, or use a split that is labelled"
             )
         points = annotations.num_lidar_points + annotations.num_radar_points
+        visibility.append(annotations.visibility[annotations.labels >= 0])
         for rows, chosen in (
             (boxes, annotations.labels >= 0),
             (racks, np.array([name == BICYCLE_RACK for name in annotations.categories], dtype=bool)),
@@ -187,6 +191,7 @@ def ground_truth_boxes(samples: Sequence[Sample]) -> GroundTruth:
         scenes=tuple(sample.scene for sample in samples),
         lidar2global=np.array([sample.lidar2global for sample in samples]).reshape(-1, 4, 4),
         ego_xy_m=_ego_xy(samples),
+        visibility=np.concatenate(visibility),
     )
 
 

@@ -7,7 +7,7 @@ equals the official devkit's (tests/evaluation/test_against_devkit.py).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -215,32 +215,90 @@ def match_boxes(ground_truth: GroundTruth, detections: EvalBoxes, config: Detect
     Raises:
         DataError: the samples differ, or a sample holds more boxes than allowed.
     """
+    return gather_matches(pair_boxes(ground_truth, detections, config))
+
+
+@dataclass(frozen=True)
+class PairedBoxes:
+    """Which detection took which annotated box, T boxes and n detections being left after the filters.
+
+    Attributes:
+        scenes: (S) name of each sample's scene.
+        truth: the annotated boxes, T of them.
+        truth_rows: (T,) their rows in the ground truth as it was given.
+        detections: n of them.
+        order: rows of the detections that count, by falling score.
+        taken: (D, n) row of the box that each detection takes, or UNMATCHED.
+        counted: (T,) the annotated boxes that count.
+    """
+
+    config: DetectionEvalConfig
+    scenes: tuple[str, ...]
+    truth: EvalBoxes
+    truth_rows: NDArray[np.int64]
+    detections: EvalBoxes
+    order: NDArray[np.int64]
+    taken: NDArray[np.int64]
+    counted: NDArray[np.bool_]
+
+    def part(
+        self, threshold_m: float, truth_inside: NDArray[np.bool_], found_inside: NDArray[np.bool_]
+    ) -> PairedBoxes:
+        """Some of the boxes at one threshold: what took another box is left out, be it right or wrong.
+
+        Args:
+            truth_inside: (T,) the boxes to count.
+            found_inside: (n,) the detections that count as false ones if they took no box.
+        """
+        taken = self.taken[[self.config.dist_ths_m.index(threshold_m)]]
+        inside = np.where(taken[0] == UNMATCHED, found_inside, np.append(truth_inside, False)[taken[0]])
+        config = msgspec.structs.replace(self.config, dist_ths_m=(threshold_m,), dist_th_tp_m=threshold_m)
+        order = self.order[inside[self.order]]
+        return replace(self, config=config, order=order, taken=taken, counted=truth_inside)
+
+
+def pair_boxes(ground_truth: GroundTruth, detections: EvalBoxes, config: DetectionEvalConfig) -> PairedBoxes:
+    """Filters both sides and pairs them at every threshold.
+
+    Raises:
+        DataError: the samples differ, or a sample holds more boxes than allowed.
+    """
     if detections.tokens != ground_truth.boxes.tokens:
         raise DataError(
             "detections and ground truth differ in their samples or the order of these; "
             "build both from the same samples"
         )
     check_box_counts(detections, config.max_boxes_per_sample)
-    truth = filter_boxes(ground_truth.boxes, ground_truth.racks, config)
+    truth_rows = np.flatnonzero(counted_boxes(ground_truth.boxes, ground_truth.racks, config))
+    truth = ground_truth.boxes[truth_rows]
     detections = filter_boxes(detections, ground_truth.racks, config)
     order = order_by_score(detections)
-    matched = match(truth, detections, config.dist_ths_m, order)
+    taken = match(truth, detections, config.dist_ths_m, order)
+    counted = np.ones(len(truth), dtype=bool)
+    return PairedBoxes(config, ground_truth.scenes, truth, truth_rows, detections, order, taken, counted)
+
+
+def gather_matches(paired: PairedBoxes) -> Matches:
+    """Splits pairs by class, and measures the errors of each."""
+    truth, detections, order = paired.truth, paired.detections, paired.order
     labels = detections.labels[order]
     num_samples = len(detections.tokens)
     classes = []
     for label in range(len(CLASSES)):
         rows = order[labels == label]
-        taken = matched[:, rows]  # (D, n)
+        taken = paired.taken[:, rows]  # (D, n)
         errors = tuple(
             pair_errors(truth, row[row != UNMATCHED], detections, rows[row != UNMATCHED]) for row in taken
         )
-        positives = np.bincount(truth.sample_index[truth.labels == label], minlength=num_samples)
+        positives = np.bincount(
+            truth.sample_index[(truth.labels == label) & paired.counted], minlength=num_samples
+        )
         classes.append(
             ClassMatches(
                 detections.scores[rows], detections.sample_index[rows], taken != UNMATCHED, errors, positives
             )
         )
-    return Matches(config, detections.tokens, ground_truth.scenes, tuple(classes))
+    return Matches(paired.config, detections.tokens, paired.scenes, tuple(classes))
 
 
 def compute_metrics(matches: Matches) -> DetectionMetrics:
@@ -271,12 +329,17 @@ def check_box_counts(detections: EvalBoxes, limit: int) -> None:
 
 
 def filter_boxes(boxes: EvalBoxes, racks: EvalBoxes, config: DetectionEvalConfig) -> EvalBoxes:
-    """Drops what does not count: out of the class's range, without any point, cycles in a bicycle rack."""
+    """Drops what does not count."""
+    return boxes[counted_boxes(boxes, racks, config)]
+
+
+def counted_boxes(boxes: EvalBoxes, racks: EvalBoxes, config: DetectionEvalConfig) -> NDArray[np.bool_]:
+    """(n,) in the range of the class, not without any point, no cycle in a bicycle rack."""
     keep = (boxes.ego_distance_m < config.ranges_m()[boxes.labels]) & (boxes.num_points != 0)
     cycles = np.isin(boxes.labels, [CLASSES.index("bicycle"), CLASSES.index("motorcycle")])
     rows = np.flatnonzero(keep & cycles)
     keep[rows[_in_a_rack(boxes[rows], racks)]] = False
-    return boxes[keep]
+    return keep
 
 
 def _in_a_rack(boxes: EvalBoxes, racks: EvalBoxes) -> NDArray[np.bool_]:
