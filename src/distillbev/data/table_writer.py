@@ -68,7 +68,7 @@ def constant_tables(sensors: Mapping[str, Literal["camera", "lidar"]]) -> dict[s
 
 def link(rows: list[Row]) -> None:
     """Sets `prev` and `next` along a list in the order of time."""
-    for row, before, after in zip(rows, [None, *rows[:-1]], [*rows[1:], None], strict=True):
+    for row, before, after in zip(rows, [None, *rows], [*rows[1:], None], strict=False):
         row["prev"] = before["token"] if before else ""
         row["next"] = after["token"] if after else ""
 

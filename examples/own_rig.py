@@ -1,0 +1,65 @@
+"""A rig of one's own as a dataset: three cameras of three sizes, a LiDAR in training only (docs/rigs.md).
+
+`python examples/own_rig.py data/rig`, then `distillbev inspect data/rig`. Your recordings go where `drive` makes them up.
+"""
+
+import sys
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from distillbev.boxes import box_corners
+from distillbev.data.recordings import KeyFrame, LabelledObject, Rig, RigCamera, Scene, Shot, write_dataset
+from distillbev.geometry import invert_rigid, pose_matrix, rotation_about_z, transform_points
+
+AHEAD = np.array([[0.0, 0, 1], [-1, 0, 0], [0, -1, 0]])  # axes of a camera that looks ahead, in the ego frame
+CARS = np.array([(x, y, 0.8, 4.5, 1.9, 1.6, 0) for x in range(-20, 60, 9) for y in (-7, 4)], dtype=float)
+
+
+def camera(channel: str, width: int, height: int, heading_deg: float, x_m: float, focal_px: float):
+    cam2img = np.array([[focal_px, 0, width / 2], [0, focal_px, height / 2], [0, 0, 1]])
+    turned = rotation_about_z(np.radians(heading_deg)) @ AHEAD
+    return RigCamera(channel, (width, height), cam2img, pose_matrix(np.array([x_m, 0, 1.4]), turned))
+
+
+LIDAR2EGO = pose_matrix(np.array([0.9, 0, 1.9]), np.eye(3))
+RIG = Rig(
+    (camera("ahead", 640, 360, 0, 1.7, 400), camera("left", 480, 400, 90, 1, 260), camera("rear", 320, 240, 180, 0, 150)),
+    LIDAR2EGO,
+)  # fmt: skip
+
+
+def photo(seen_by: RigCamera, ego2global: np.ndarray) -> np.ndarray:
+    """(H, W, 3) uint8: cars on grey ground, painted from far to near."""
+    image = Image.new("RGB", seen_by.size_wh_px, (150, 180, 220))
+    pen = ImageDraw.Draw(image)
+    pen.rectangle((0, seen_by.size_wh_px[1] / 2, *seen_by.size_wh_px), (90, 90, 90))
+    corners = transform_points(invert_rigid(ego2global @ seen_by.cam2ego), box_corners(CARS))
+    for car in sorted(corners[corners[..., 2].min(axis=1) > 0.3], key=lambda car: -car[:, 2].mean()):
+        pixels = ((car @ seen_by.cam2img.T) / car[:, 2:])[:, :2]
+        for face in ((0, 1, 5, 4), (1, 2, 6, 5), (2, 3, 7, 6), (3, 0, 4, 7), (4, 5, 6, 7)):
+            pen.polygon([tuple(pixels[corner]) for corner in face], (140, 60, 40), (60, 20, 20))
+    return np.array(image)
+
+
+def drive(with_lidar: bool, start_us: int = 1_700_000_000_000_000):
+    """Four key frames at 2 Hz and 5 m/s."""
+    on_car = np.random.default_rng(0).uniform(-0.5, 0.5, (len(CARS), 300, 3)) * CARS[:, None, 3:6]
+    points_global = (CARS[:, None, :3] + on_car).reshape(-1, 3)
+    for us in range(start_us, start_us + 2_000_000, 500_000):
+        ego2global = pose_matrix(np.array([5e-6 * (us - start_us), 0, 0]), np.eye(3))
+        points = transform_points(invert_rigid(ego2global @ LIDAR2EGO), points_global)
+        images = {eye.channel: Shot(us, ego2global, photo(eye, ego2global)) for eye in RIG.cameras}
+        cars = [
+            LabelledObject(f"car {i}", "car", pose_matrix(car[:3], np.eye(3)), car[3:6]) for i, car in enumerate(CARS)
+        ]  # fmt: skip
+        yield KeyFrame(us, images, Shot(us, ego2global, points) if with_lidar else None, objects=cars)
+
+
+if __name__ == "__main__":
+    print(
+        write_dataset(
+            sys.argv[1],
+            [Scene("first", "train", RIG, drive(True)), Scene("second", "val", RIG, drive(False))],
+        )
+    )
