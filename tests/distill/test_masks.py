@@ -14,6 +14,7 @@ from distillbev.distill.masks import (
     Regions,
     cells_in_boxes,
     cells_in_boxes_slow,
+    false_positives,
     foreground_of_boxes,
     heat_on_grid,
     pad_boxes,
@@ -43,7 +44,9 @@ def foreground(boxes: list[Boxes3D], grid: BevGrid = GRID, **settings: object) -
 def split(boxes: list[Boxes3D], config: RegionConfig, teacher_heat: Tensor | None = None) -> Regions:
     padded, valid = pad_boxes(boxes)
     found = foreground_of_boxes(padded, valid, GRID, config)
-    return split_regions(found, config, target_heat(padded, valid, GRID), teacher_heat)
+    targets = target_heat(padded, valid, GRID)
+    seen = None if teacher_heat is None else false_positives("heat", config, targets, teacher_heat)
+    return split_regions(found, config, targets, seen)
 
 
 def point_in_polygon(x: float, y: float, corners: list[list[float]]) -> bool:

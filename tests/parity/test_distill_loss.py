@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from distillbev.boxes import Boxes3D
 from distillbev.distill.attention import channel_attention, shared_attention, spatial_attention
 from distillbev.distill.distiller import DistillConfig, Distiller, released_bevdepth4d
-from distillbev.distill.masks import Regions, foreground_of_boxes, pad_boxes, split_regions
+from distillbev.distill.masks import Regions, false_positives, foreground_of_boxes, pad_boxes, split_regions
 from distillbev.grid import BevGrid
 from distillbev.models.outputs import BevMap
 
@@ -125,9 +125,13 @@ class Run:
         for name, level in self.teacher.items():
             foreground = foreground_of_boxes(padded, valid, level.grid, self.config.regions)
             self.box_scale[name] = foreground.scale
-            extra = (targets, heat) if name == "head" else ()
-            self.regions[name] = split_regions(foreground, self.config.regions, *extra)
-        self.losses = self.distiller.imitation(self.student, self.teacher, list(self.regions.values()))
+            found = None
+            if name == "head":
+                found = false_positives("heat", self.config.regions, targets, heat)
+            self.regions[name] = split_regions(foreground, self.config.regions, false_positive=found)
+        regions = list(self.regions.values())
+        terms = self.distiller.imitation(self.student, self.teacher, regions, boxes)
+        self.losses = {name: self.config.weights[name] * term for name, term in terms.items()}
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "main_eval"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,20 +20,26 @@ from ..data.schema import Batch
 from ..errors import ConfigError, DataError
 from ..grid import BevGrid
 from ..models.outputs import BevMap
+from ..models.processes import num_processes, total_over_processes
 from .adapters import build_adapter, resample
 from .attention import channel_attention, shared_attention
+from .balance import GradientBalance, gradient_norms
 from .inheritance import InheritanceReport, inherit_head
 from .masks import (
     Regions,
     cells_in_boxes,
+    class_heat,
+    false_positives,
     foreground_of_boxes,
     heat_on_grid,
     pad_boxes,
     split_regions,
     target_heat,
 )
+from .relation import relation_term
 from .response import response_terms
 from .settings import (
+    AttentiveCells,
     DistillConfig,
     PseudoLabelConfig,
     TapConfig,
@@ -56,6 +62,7 @@ from .terms import (
     ChannelStandardiseConfig,
     LayerNormConfig,
     Reduction,
+    affinity_term,
     attention_term,
     background_term,
     false_positive_term,
@@ -100,10 +107,17 @@ class Tap(nn.Module):
         return shared_attention(teacher, adapted, self.config.attention)
 
     def forward(
-        self, student: Tensor, teacher: Tensor, regions: Regions, reduction: Reduction, step: int | None
+        self,
+        student: Tensor,
+        teacher_map: BevMap,
+        regions: Regions,
+        boxes: Sequence[Boxes3D],
+        reduction: Reduction,
+        step: int | None,
     ) -> dict[str, Tensor]:
         """Unweighted terms of a batch, each (B,); a term that has not started is absent."""
         config = self.config
+        teacher = teacher_map.features
         adapted = self.adapt(student, (teacher.shape[2], teacher.shape[3]))
         terms: dict[str, Tensor] = {}
         with torch.autocast(adapted.device.type, enabled=False):
@@ -125,6 +139,12 @@ class Tap(nn.Module):
                 terms["background"] = background_term(error, regions, attention, reduction)
             if config.is_on(config.false_positive, step):
                 terms["false_positive"] = false_positive_term(error, regions, attention, channels, reduction)
+            if config.affinity and config.is_on(config.affinity, step):
+                cells = affinity_cells(config.affinity.cells, regions, attention)
+                terms["affinity"] = affinity_term(teacher, adapted, cells, reduction)
+            if config.relation and config.is_on(config.relation, step):
+                relation = config.relation.relation
+                terms["relation"] = relation_term(teacher, adapted, boxes, teacher_map.grid, relation)
         return terms
 
     def _smooth(self, means: Tensor) -> Tensor:
@@ -170,13 +190,22 @@ class Distiller(nn.Module):
             in_channels = _channels_of(student, student_channels, tap.student, "student")
             out_channels = _channels_of(teacher, teacher_channels, tap.teacher, "teacher")
             self.taps.append(Tap(tap, in_channels, out_channels))
+        self.balance = None
+        if config.balance is not None:
+            if getattr(student, "loss", None) is None:
+                raise ConfigError(
+                    f"balance weighs terms against the student's own loss, but {type(student).__name__} has no "
+                    "loss(output, batch); give it one, or set balance=None"
+                )
+            self.balance = GradientBalance(list(config.weights), config.balance)
         sources = {tap.false_positive.source for tap in config.taps if tap.false_positive}
         self._decode_all = "boxes" in sources
+        self._with_student_heat = bool(sources & {"student", "teacher_selected_student", "union"})
         self._held = HeldTeacher(
             teacher,
             teacher_maps,
             names=tuple({tap.teacher: None for tap in config.taps}),
-            with_heat="heat" in sources,
+            with_heat=bool(sources & {"heat", "teacher_selected_student", "union"}),
             cache=TeacherCache(config.cache) if config.cache is not None else None,
             with_heads=config.response is not None,
         )
@@ -230,16 +259,20 @@ class Distiller(nn.Module):
         self._last = None
         output = self.student(batch)
         losses = self.losses(output, batch, step)
-        maps = self.student_maps(output)
-        watched = ["lifted"] if "lifted" in maps else [tap.student for tap in self.config.taps]
-        self._last = losses, [maps[name].features for name in watched]
+        self._last = losses, self._watched(output)
         return losses
+
+    def _watched(self, output: Any) -> list[Tensor]:
+        """The student's maps at which gradients are compared: the one that all terms share, else the tapped."""
+        maps = self.student_maps(output)
+        names = ["lifted"] if "lifted" in maps else [tap.student for tap in self.config.taps]
+        return [maps[name].features for name in names]
 
     def losses(self, output: Any, batch: Batch, step: int | None = None) -> dict[str, Tensor]:
         """The same for a student output that is at hand."""
         if self.config.has_schedule and step is None:
             raise ConfigError(
-                "a term has a start_step or imitation fades, so the training step must be given: "
+                "a term has a start_step, imitation fades or is balanced, so the training step must be given: "
                 "distiller(batch, step)"
             )
         pseudo = self.config.pseudo_labels
@@ -257,17 +290,37 @@ class Distiller(nn.Module):
         if imitates or need_detections:
             view = self._held.look(batch, detections=need_detections)
         boxes = self._boxes(batch, view)
-        losses = self._detection_losses(output, batch, boxes, labelled)
+        own = self._detection_losses(output, batch, boxes, labelled)
         takes_part = torch.tensor([known or pseudo.imitate for known in labelled])
+        terms: dict[str, Tensor] = {}
         if self.taps:
-            regions = self.regions(boxes, view, step)
-            losses |= self.imitation(self.student_maps(output), view.bev, regions, takes_part, step)
+            regions = self.regions(boxes, view, step, self._student_heat(output))
+            terms |= self.imitation(self.student_maps(output), view.bev, regions, boxes, takes_part, step)
         if self.config.response is not None:
-            terms = response_terms(output.heads, view.heads or [], self.config.response)
-            fade = self.config.fade(step)
-            for name, per_sample in terms.items():
-                losses[f"imitate/response/{name}"] = fade * mean_over(takes_part, per_sample)
-        return losses
+            responses = response_terms(output.heads, view.heads or [], self.config.response)
+            for name, per_sample in responses.items():
+                terms[f"imitate/response/{name}"] = mean_over(takes_part, per_sample)
+
+        fade, weights = self.config.fade(step), self.config.weights
+        losses = {name: fade * weights[name] * term for name, term in terms.items()}
+        if self.balance is not None:
+            assert step is not None
+            factors = self.balance(own, terms, self._watched(output), step)
+            losses = {name: factors[name] * loss for name, loss in losses.items()}
+        return own | losses
+
+    @torch.no_grad()
+    def _student_heat(self, output: Any) -> Tensor | None:
+        """(B, 1, Y, X) highest class score of the student, if a tap asks for it."""
+        if not self._with_student_heat:
+            return None
+        heat = class_heat(getattr(output, "heads", []))
+        if heat is None:
+            raise ConfigError(
+                "a tap asks for false positives from the student's heat map, but its head has none; "
+                'choose source="boxes", or leave false_positive out'
+            )
+        return heat
 
     def _boxes(self, batch: Batch, view: TeacherView) -> list[Boxes3D]:
         """Ground truth where there is one, the teacher's confident detections elsewhere."""
@@ -293,27 +346,36 @@ class Distiller(nn.Module):
         return dict(loss(take_samples(output, keep), take_from_batch(batch, keep))) if keep else {}
 
     @torch.no_grad()
-    def regions(self, boxes: list[Boxes3D], view: TeacherView, step: int | None = None) -> list[Regions]:
+    def regions(
+        self,
+        boxes: list[Boxes3D],
+        view: TeacherView,
+        step: int | None = None,
+        student_heat: Tensor | None = None,
+    ) -> list[Regions]:
         """The regions of every tap, on the grid of its teacher map; computed once for each grid."""
         config = self.config.regions
         padded, valid = pad_boxes(boxes)
-        found: dict[tuple[BevGrid, str | None], Regions] = {}
+        found: dict[tuple[BevGrid, str | None, str], Regions] = {}
         of_taps = []
         for tap in self.config.taps:
             grid = named_map(view.bev, tap.teacher, "teacher").grid
             is_on = tap.is_on(tap.false_positive, step)
             source = tap.false_positive.source if tap.false_positive and is_on else None
-            if (grid, source) not in found:
-                heat = heat_on_grid(view.heat, grid) if source == "heat" and view.heat is not None else None
-                need_targets = heat is not None or config.halo == "ignored"
-                found[grid, source] = split_regions(
-                    foreground_of_boxes(padded, valid, grid, config),
-                    config,
-                    targets=target_heat(padded, valid, grid) if need_targets else None,
-                    teacher_heat=heat,
-                    teacher_boxes=self._teacher_cells(view, grid) if source == "boxes" else None,
-                )
-            of_taps.append(found[grid, source])
+            scale = tap.false_positive.scale if tap.false_positive else "region"
+            if (grid, source, scale) not in found:
+                targets = cells = None
+                if source not in (None, "boxes") or config.halo == "ignored":
+                    targets = target_heat(padded, valid, grid)
+                if source == "boxes":
+                    cells = self._teacher_cells(view, grid)
+                elif source is not None:
+                    heats = [None if h is None else heat_on_grid(h, grid) for h in (view.heat, student_heat)]
+                    assert targets is not None
+                    cells = false_positives(source, config, targets, *heats)
+                foreground = foreground_of_boxes(padded, valid, grid, config)
+                found[grid, source, scale] = split_regions(foreground, config, targets, cells, scale)
+            of_taps.append(found[grid, source, scale])
         return of_taps
 
     def _teacher_cells(self, view: TeacherView, grid: BevGrid) -> Tensor:
@@ -329,10 +391,11 @@ class Distiller(nn.Module):
         student_maps: Mapping[str, BevMap],
         teacher_maps: Mapping[str, BevMap],
         regions: Sequence[Regions],
+        boxes: Sequence[Boxes3D],
         takes_part: Tensor | None = None,
         step: int | None = None,
     ) -> dict[str, Tensor]:
-        """Weighted imitation terms, averaged over the samples that take part ((B,) bool, else all)."""
+        """Unweighted terms of the taps, averaged over the samples that take part ((B,) bool, else all)."""
         losses: dict[str, Tensor] = {}
         for config, tap, where in zip(self.config.taps, self.taps, regions, strict=True):
             student = named_map(student_maps, config.student, "student")
@@ -343,10 +406,9 @@ class Distiller(nn.Module):
                     f"y {student.grid.y_range_m} and the teacher's x {teacher.grid.x_range_m}, "
                     f"y {teacher.grid.y_range_m}; give both detectors the same range"
                 )
-            terms = tap(student.features, teacher.features, where, self.config.reduction, step)
+            terms = tap(student.features, teacher, where, boxes, self.config.reduction, step)
             for name, per_sample in terms.items():
-                weight = self.config.weight * config.terms[name].weight * self.config.fade(step)
-                losses[f"imitate/{config.student}/{name}"] = weight * mean_over(takes_part, per_sample)
+                losses[f"imitate/{config.student}/{name}"] = mean_over(takes_part, per_sample)
         return losses
 
     @torch.no_grad()
@@ -359,7 +421,8 @@ class Distiller(nn.Module):
         output = self.student(batch)
         unlabelled = any(boxes is None for boxes in batch.boxes)
         view = self._held.look(batch, detections=self._decode_all or unlabelled)
-        regions = self.regions(self._boxes(batch, view), view, step=sys.maxsize)
+        boxes = self._boxes(batch, view)
+        regions = self.regions(boxes, view, step=sys.maxsize, student_heat=self._student_heat(output))
         maps = self.student_maps(output)
         guides = {}
         for config, tap, where in zip(self.config.taps, self.taps, regions, strict=True):
@@ -385,16 +448,22 @@ class Distiller(nn.Module):
         return {} if self._last is None else gradient_norms(*self._last)
 
 
-def gradient_norms(losses: Mapping[str, Tensor], maps: Sequence[Tensor]) -> dict[str, float]:
-    """Norm of each loss's gradient at the given maps taken together; the graph is kept for backward."""
-    norms = {}
-    watched = [features for features in maps if features.requires_grad]
-    for name, loss in losses.items():
-        gradients: tuple[Tensor | None, ...] = ()
-        if watched and loss.requires_grad:
-            gradients = torch.autograd.grad(loss, watched, retain_graph=True, allow_unused=True)
-        norms[name] = float(sum(g.float().square().sum() for g in gradients if g is not None)) ** 0.5
-    return norms
+def affinity_cells(
+    which: Literal["foreground", "foreground_and_false_positive"] | AttentiveCells,
+    regions: Regions,
+    attention: Tensor,
+) -> Tensor:
+    """(B, 1, Y, X) bool cells that the affinity term compares."""
+    if which == "foreground":
+        return regions.foreground
+    if which == "foreground_and_false_positive":
+        return regions.foreground | regions.false_positive
+    assert isinstance(which, AttentiveCells)
+    if which.above is not None:
+        return attention > which.above
+    assert which.top is not None
+    top = min(which.top, attention[0].numel())
+    return attention > attention.flatten(1).topk(top, dim=1).values[:, -1, None, None, None]
 
 
 def mean_over(takes_part: Tensor | None, per_sample: Tensor) -> Tensor:
@@ -402,7 +471,7 @@ def mean_over(takes_part: Tensor | None, per_sample: Tensor) -> Tensor:
     if takes_part is None:
         return per_sample.mean()
     part = takes_part.to(per_sample)
-    return (per_sample * part).sum() / part.sum().clamp(min=1)
+    return (per_sample * part).sum() * num_processes() / total_over_processes(part.sum()).clamp(min=1)
 
 
 def confident(detections: Boxes3D, config: PseudoLabelConfig) -> Boxes3D:

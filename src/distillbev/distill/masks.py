@@ -24,6 +24,28 @@ from ..grid import BevGrid
 from ..models.center_targets import TargetConfig, gaussian_radius
 
 SamplePoint = Literal["centre", "corner"]
+FalsePositiveSource = Literal["heat", "student", "teacher_selected_student", "union", "boxes"]
+FalsePositiveScale = Literal["region", "component"]
+
+
+class ContextConfig(Config, frozen=True):
+    """A ring around every box belongs to its object with less weight: what surrounds an object tells of it.
+
+    Attributes:
+        margin_cells: how far boxes grow on each side.
+        weight: what cells outside all boxes weigh, those inside weigh 1.
+    """
+
+    margin_cells: float = 1.0
+    weight: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.margin_cells <= 0:
+            raise ConfigError(
+                f"margin_cells={self.margin_cells} leaves no ring; choose a positive number, or context=None"
+            )
+        if not 0 < self.weight <= 1:
+            raise ConfigError(f"context weight={self.weight}; choose a number above 0, at most 1")
 
 
 class RegionConfig(Config, frozen=True):
@@ -35,10 +57,13 @@ class RegionConfig(Config, frozen=True):
         shape: what an object's foreground is. "box": its cells, as published; "gaussian": a blob around its
             centre that reaches 0.6 lengths out and weighs its cells by its height and by one over the object's
             area in cells (instead of `object_scale`); "gaussian_in_box": box cells weighed by that blob.
+        context: a ring around boxes as lighter foreground (shape "box" only), None for none. Of several objects
+            around a cell the first in the list gives the scale.
         min_one_cell: a box that holds no sample point takes the cell of its centre.
         object_scale: what the cells of an object weigh. "box_area": sqrt(cell^2 / (w l)), the reference's
-            rule; "cells": 1 / sqrt(n) of the n cells that the object covers, which is bounded by 1 and treats
-            a box smaller than a cell like one of a cell; "object": 1 / n, every object weighs the same.
+            rule; "inverse_box_area": cell^2 / (w l), its rule with a context ring; "cells": 1 / sqrt(n) of the
+            n cells that the object covers, which is bounded by 1 and treats a box smaller than a cell like one
+            of a cell; "object": 1 / n, every object weighs the same.
         max_object_scale: an upper bound of the object scale, None for none.
         combined_scale: the reference's single scale, the maximum of object and background scale in each cell.
             It differs from separate scales only where nearly everything is a false positive.
@@ -50,8 +75,9 @@ class RegionConfig(Config, frozen=True):
 
     sample: SamplePoint = "centre"
     shape: Literal["box", "gaussian", "gaussian_in_box"] = "box"
+    context: ContextConfig | None = None
     min_one_cell: bool = True
-    object_scale: Literal["box_area", "cells", "object"] = "cells"
+    object_scale: Literal["box_area", "inverse_box_area", "cells", "object"] = "cells"
     max_object_scale: float | None = None
     combined_scale: bool = False
     teacher_threshold: float = 0.1
@@ -62,6 +88,10 @@ class RegionConfig(Config, frozen=True):
         for name in ("teacher_threshold", "target_threshold"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)} is not a score; choose a number from 0 to 1")
+        if self.context is not None and self.shape != "box":
+            raise ConfigError(
+                f'a context ring around shape={self.shape!r}; choose shape="box", or context=None'
+            )
         if self.max_object_scale is not None and self.max_object_scale <= 0:
             raise ConfigError(
                 f"max_object_scale={self.max_object_scale} would silence all objects; "
@@ -82,8 +112,8 @@ class Foreground:
 class Regions:
     """Disjoint regions of a batch on one grid, masks (B, 1, Y, X) bool.
 
-    `foreground_scale` is (B, 1, Y, X); the others are (B, 1, 1, 1), or maps as well when scales are combined.
-    A region without cells has scale zero.
+    `foreground_scale` is (B, 1, Y, X); the others are (B, 1, 1, 1), or maps as well when scales are combined or
+    false positives have a scale for each component. A region without cells has scale zero.
     """
 
     foreground: Tensor
@@ -175,21 +205,30 @@ def foreground_of_boxes(padded: Tensor, valid: Tensor, grid: BevGrid, config: Re
         flat.scatter_(2, (row * grid.shape[1] + column)[..., None], add[..., None])
         inside = inside | flat.view_as(inside)
 
-    if config.object_scale == "box_area":
-        area_m2 = (padded[..., 3] * padded[..., 4]).clamp(min=1e-6)
-        object_scale = (grid.cell_m**2 / area_m2).sqrt()  # (B, M)
+    if config.object_scale in ("box_area", "inverse_box_area"):
+        area_cells = (padded[..., 3] * padded[..., 4]).clamp(min=1e-6) / grid.cell_m**2
+        object_scale = area_cells.reciprocal()  # (B, M)
+        if config.object_scale == "box_area":
+            object_scale = object_scale.sqrt()
     else:
         cells = inside.sum(dim=3, dtype=torch.int32).sum(dim=2).clamp(min=1).float()
         object_scale = cells.rsqrt() if config.object_scale == "cells" else cells.reciprocal()
     if config.max_object_scale is not None:
         object_scale = object_scale.clamp(max=config.max_object_scale)
 
+    weight = None
+    if config.context is not None:
+        grown = padded.clone()
+        grown[..., 3:5] += 2 * config.context.margin_cells * grid.cell_m
+        weight = torch.where(inside.any(dim=1, keepdim=True), 1.0, config.context.weight)
+        inside = inside | cells_in_boxes(grown, valid, grid, config.sample)
+
     # The first box of the list has the highest rank; rank 0 is no box. (An argmax is slower by far on a CPU.)
     num_boxes = inside.shape[1]
     ranks = torch.arange(num_boxes, 0, -1, dtype=torch.int16, device=inside.device)[:, None, None]
     rank = (inside * ranks).amax(dim=1, keepdim=True).long()  # (B, 1, Y, X)
     scale_of_rank = functional.pad(object_scale.flip(1), (1, 0))  # (B, 1 + M), zero where there is no box
-    box_cells = Foreground(rank > 0, scale_of_rank.gather(1, rank.flatten(1)).view(rank.shape))
+    box_cells = Foreground(rank > 0, scale_of_rank.gather(1, rank.flatten(1)).view(rank.shape), weight)
     return box_cells if config.shape == "box" else _soften(box_cells, padded, valid, grid, config.shape)
 
 
@@ -264,39 +303,80 @@ def heat_on_grid(heat: Tensor, grid: BevGrid) -> Tensor:
     return functional.interpolate(heat, grid.shape, mode="nearest-exact")
 
 
+def false_positives(
+    source: Literal["heat", "student", "teacher_selected_student", "union"],
+    config: RegionConfig,
+    targets: Tensor,
+    teacher_heat: Tensor | None = None,
+    student_heat: Tensor | None = None,
+) -> Tensor:
+    """Cells where somebody sees an object and nobody annotated one, by heat maps; all comparisons strict.
+
+    Args:
+        source: "heat": teacher score > tau, as published; "student": student score > tau;
+            "teacher_selected_student": student score > tau and teacher score < tau_gt, what the teacher would
+            not have said; "union": the first or the third.
+        targets: (B, 1, Y, X) target heat, must be < tau_gt.
+        teacher_heat, student_heat: (B, 1, Y, X) scores in [0, 1], those that the source needs.
+
+    Returns:
+        (B, 1, Y, X) bool, box cells not yet taken out.
+    """
+    seen = torch.zeros_like(targets, dtype=torch.bool)
+    if source in ("heat", "union"):
+        assert teacher_heat is not None, source
+        seen = teacher_heat > config.teacher_threshold
+    if source != "heat":
+        assert student_heat is not None, source
+        by_student = student_heat > config.teacher_threshold
+        if source != "student":
+            assert teacher_heat is not None, source
+            by_student &= teacher_heat < config.target_threshold
+        seen = seen | by_student
+    return seen & (targets < config.target_threshold)
+
+
 def _one_over_count(region: Tensor) -> Tensor:
     """(B, 1, Y, X) bool -> (B, 1, 1, 1) one over the number of its cells, zero where there are none."""
     count = region.sum(dim=(1, 2, 3), keepdim=True).float()
     return torch.where(count > 0, 1 / count.clamp(min=1), 0.0)
 
 
+def one_over_component(region: Tensor) -> Tensor:
+    """(B, 1, Y, X) bool -> the same in float, in each cell one over the size of its 4-connected component.
+
+    Every cell takes the largest number of its component: neighbours hand theirs on, and each cell then takes
+    the number of the cell that its own names, which doubles the way at every turn. Zero outside the region.
+    """
+    numbers = torch.arange(1, region.numel() + 1, device=region.device).view_as(region) * region
+    while True:
+        padded = functional.pad(numbers, (1, 1, 1, 1))
+        sides = (padded[..., :-2, 1:-1], padded[..., 2:, 1:-1], padded[..., 1:-1, :-2], padded[..., 1:-1, 2:])
+        largest = torch.stack((numbers, *sides)).amax(dim=0) * region
+        largest = functional.pad(largest.flatten(), (1, 0))[largest]
+        if torch.equal(largest, numbers):
+            sizes = torch.bincount(numbers.flatten(), minlength=numbers.numel() + 1)
+            return region / sizes[numbers]
+        numbers = largest
+
+
 def split_regions(
     foreground: Foreground,
     config: RegionConfig,
     targets: Tensor | None = None,
-    teacher_heat: Tensor | None = None,
-    teacher_boxes: Tensor | None = None,
+    false_positive: Tensor | None = None,
+    false_positive_scale: FalsePositiveScale = "region",
 ) -> Regions:
     """Divides all cells into foreground, false positives, background and, if asked for, an ignored halo.
 
-    False positives are cells where the teacher sees an object and nobody annotated one:
-    (teacher score > tau) and (target heat < tau_gt) and not in a box; all strict.
-
     Args:
-        foreground: the box cells.
-        targets: (B, 1, Y, X) target heat; needed with `teacher_heat` and for an ignored halo.
-        teacher_heat: (B, 1, Y, X) scores in [0, 1]; None for no false-positive region from heat.
-        teacher_boxes: (B, 1, Y, X) bool, cells in the teacher's detections, for teachers without heat maps.
+        foreground: the object cells, which come first.
+        targets: (B, 1, Y, X) target heat; needed for an ignored halo.
+        false_positive: (B, 1, Y, X) bool, see `false_positives`; None for no such region.
+        false_positive_scale: one over the cells of the "region", as published, or of each "component" of it.
     """
     outside = ~foreground.mask
-    false_positive = torch.zeros_like(outside)
-    if teacher_heat is not None:
-        assert targets is not None, "a false-positive region from heat needs the target heat"
-        seen = teacher_heat > config.teacher_threshold
-        false_positive = seen & (targets < config.target_threshold) & outside
-    elif teacher_boxes is not None:
-        false_positive = teacher_boxes & outside
-
+    false_positive = torch.zeros_like(outside) if false_positive is None else false_positive & outside
     background = outside & ~false_positive
     if config.halo == "ignored":
         assert targets is not None, "an ignored halo needs the target heat"
@@ -307,11 +387,12 @@ def split_regions(
         foreground_scale = background_scale = torch.maximum(foreground_scale, background_scale)
     if foreground.weight is not None:
         foreground_scale = foreground_scale * foreground.weight
+    by_component = false_positive_scale == "component"
     return Regions(
         foreground=foreground.mask,
         background=background,
         false_positive=false_positive,
         foreground_scale=foreground_scale,
         background_scale=background_scale,
-        false_positive_scale=_one_over_count(false_positive),
+        false_positive_scale=(one_over_component if by_component else _one_over_count)(false_positive),
     )

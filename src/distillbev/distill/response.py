@@ -38,9 +38,15 @@ class ResponseConfig(Config, frozen=True):
             if weight is not None and weight <= 0:
                 raise ConfigError(f"response.{name}={weight}; choose a positive weight, or None for none")
 
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weights of the terms that there are."""
+        weights = {"heatmap": self.heatmap, "boxes": self.boxes}
+        return {name: weight for name, weight in weights.items() if weight is not None}
+
 
 def response_terms(student: Heads, teacher: Heads, config: ResponseConfig) -> dict[str, Tensor]:
-    """Weighted terms of a batch, each (B,).
+    """Unweighted terms of a batch, each (B,).
 
     Raises:
         ConfigError: the heads differ in tasks, classes or grid.
@@ -52,9 +58,9 @@ def response_terms(student: Heads, teacher: Heads, config: ResponseConfig) -> di
     scores = teacher_heat.sigmoid()
     terms: dict[str, Tensor] = {}
     if config.heatmap is not None:
-        terms["heatmap"] = config.heatmap * heatmap_response(student_heat, scores)
+        terms["heatmap"] = heatmap_response(student_heat, scores)
     if config.boxes is not None:
-        terms["boxes"] = config.boxes * box_response(student, teacher, config.teacher_threshold)
+        terms["boxes"] = box_response(student, teacher, config.teacher_threshold)
     return terms
 
 

@@ -11,7 +11,9 @@ from ..config import Config
 from ..errors import ConfigError
 from .adapters import AdapterConfig, ConvAdapterConfig, LayeredAdapterConfig
 from .attention import AttentionConfig
-from .masks import RegionConfig
+from .balance import BalanceConfig
+from .masks import FalsePositiveScale, FalsePositiveSource, RegionConfig
+from .relation import RelationConfig
 from .response import ResponseConfig
 from .teacher import TeacherCacheConfig
 from .terms import ChannelStandardiseConfig, NormaliseConfig, Reduction
@@ -31,13 +33,17 @@ class TermConfig(Config, frozen=True):
 
 
 class FalsePositiveConfig(TermConfig, frozen=True):
-    """Imitation where the teacher sees an object and nobody annotated one.
+    """Imitation where an object is seen and nobody annotated one.
 
-    `source`: the teacher's heat map, or the boxes it decodes (for heads without heat maps).
-    `channel_temperature`: Tc of the channel attention that this term carries in the release, None for none.
+    Attributes:
+        source: who sees it. The teacher by its heat map ("heat") or by the boxes it decodes ("boxes", for heads
+            without heat maps); others of the release by heat maps, see `false_positives`.
+        scale: one over the cells of the whole region, as published, or of each connected component.
+        channel_temperature: Tc of the channel attention that this term carries in the release, None for none.
     """
 
-    source: Literal["heat", "boxes"] = "heat"
+    source: FalsePositiveSource = "heat"
+    scale: FalsePositiveScale = "region"
     channel_temperature: float | None = 0.5
 
 
@@ -45,6 +51,34 @@ class AttentionTermConfig(TermConfig, frozen=True):
     """The student's mean response should match the teacher's; `signed` as published, else of magnitudes."""
 
     signed: bool = True
+
+
+class AttentiveCells(Config, frozen=True):
+    """The cells that the tap's attention puts forward, one of two rules.
+
+    `top`: attention above the sample's top-th largest; `above`: attention above this number (its mean is 1).
+    """
+
+    top: int | None = 30
+    above: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.top is None) == (self.above is None):
+            raise ConfigError(f"attentive cells by top={self.top} and above={self.above}; give one of them")
+        if self.top is not None and self.top < 2:
+            raise ConfigError(f"top={self.top} leaves no cell above it; choose 2 or more")
+
+
+class AffinityTermConfig(TermConfig, frozen=True):
+    """Inner products between the features of chosen cells should match the teacher's."""
+
+    cells: Literal["foreground", "foreground_and_false_positive"] | AttentiveCells = "foreground"
+
+
+class RelationTermConfig(TermConfig, frozen=True):
+    """Similarities inside every box should match the teacher's."""
+
+    relation: RelationConfig = RelationConfig()
 
 
 class TapConfig(Config, frozen=True):
@@ -59,12 +93,18 @@ class TapConfig(Config, frozen=True):
     background: TermConfig | None = None
     false_positive: FalsePositiveConfig | None = None
     attention_imitation: AttentionTermConfig | None = None
+    affinity: AffinityTermConfig | None = None
+    relation: RelationTermConfig | None = None
 
     def __post_init__(self) -> None:
         if not self.terms:
             raise ConfigError(
-                f"tap {self.student!r} has no term; give foreground, background, false_positive or "
-                "attention_imitation, or leave the tap out"
+                f"tap {self.student!r} has no term; give foreground, background, false_positive, "
+                "attention_imitation, affinity or relation, or leave the tap out"
+            )
+        if self.affinity and isinstance(self.affinity.cells, AttentiveCells) and self.attention is None:
+            raise ConfigError(
+                f"tap {self.student!r}: affinity at attentive cells needs attention; set one, or choose other cells"
             )
 
     @property
@@ -75,6 +115,8 @@ class TapConfig(Config, frozen=True):
             "background": self.background,
             "false_positive": self.false_positive,
             "attention": self.attention_imitation,
+            "affinity": self.affinity,
+            "relation": self.relation,
         }
         return {name: term for name, term in terms.items() if term is not None}
 
@@ -118,11 +160,13 @@ class DistillConfig(Config, frozen=True):
 
     `fade_steps`: imitation and response fall to nothing over that many training steps (half a cosine), so that
     the student ends with its own task; None for constant weights.
+    `balance`: weights say how strongly a term pulls at the student's map against the student's own loss.
     """
 
     taps: tuple[TapConfig, ...] = ()
     weight: float = 1.0
     response: ResponseConfig | None = None
+    balance: BalanceConfig | None = None
     fade_steps: int | None = None
     regions: RegionConfig = RegionConfig()
     reduction: Reduction = "mean"
@@ -142,10 +186,22 @@ class DistillConfig(Config, frozen=True):
 
     @property
     def has_schedule(self) -> bool:
-        """Whether any term starts later than training does, or fades."""
-        return self.fade_steps is not None or any(
-            term.start_step > 0 for tap in self.taps for term in tap.terms.values()
-        )
+        """Whether any term starts later than training does, fades, or is weighed anew now and then."""
+        if self.fade_steps is not None or self.balance is not None:
+            return True
+        return any(term.start_step > 0 for tap in self.taps for term in tap.terms.values())
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of every term by the name under which it is logged."""
+        weights = {
+            f"imitate/{tap.student}/{name}": self.weight * term.weight
+            for tap in self.taps
+            for name, term in tap.terms.items()
+        }
+        for name, weight in [] if self.response is None else self.response.weights.items():
+            weights[f"imitate/response/{name}"] = weight
+        return weights
 
     def fade(self, step: int | None) -> float:
         """The share of imitation that is left at a training step."""

@@ -13,8 +13,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ..config import Config
+from ..models.processes import average_over_processes
 from .masks import Regions
 
 Reduction = Literal["sum", "mean"]
@@ -55,6 +57,23 @@ def attention_term(
     return distance.sum(dim=(1, 2, 3)) if reduction == "sum" else distance.mean(dim=(1, 2, 3))
 
 
+def affinity_term(teacher: Tensor, student: Tensor, cells: Tensor, reduction: Reduction) -> Tensor:
+    """L_aff = mean over pairs p, q of selected cells of  SmoothL1(<S_p, S_q>, <Z_p, Z_q>).
+
+    An inner product sums over channels, or with the reduction "mean" is their mean. `cells`: (B, 1, Y, X) bool,
+    the cells of a sample that are compared with each other; without cells the term is zero.
+    """
+    terms = []
+    for theirs, ours, chosen in zip(teacher, student, cells[:, 0], strict=True):
+        z, s = theirs[:, chosen], ours[:, chosen]  # (C, n)
+        products = [s.T @ s, z.T @ z]
+        if reduction == "mean":
+            products = [product / len(z) for product in products]
+        total = functional.smooth_l1_loss(products[0], products[1], reduction="sum")
+        terms.append(total / max(products[0].numel(), 1))
+    return torch.stack(terms)
+
+
 class ChannelStandardiseConfig(Config, frozen=True):
     """The student imitates z-scores: (Z - mean) / deviation of each teacher channel, clamped to +-`clamp`.
 
@@ -90,7 +109,9 @@ class ChannelStandardise(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """(B, C, Y, X) -> the same, each channel of mean 0, deviation 1, clamped."""
         features = features.float()
-        variance, mean = torch.var_mean(features, dim=(0, 2, 3), correction=0)
+        variance, own_mean = torch.var_mean(features, dim=(0, 2, 3), correction=0)
+        mean = average_over_processes(own_mean)
+        variance = average_over_processes(variance + (own_mean - mean) ** 2)
         if self.config.statistics == "running":
             if self.training:
                 self.num_batches += 1
