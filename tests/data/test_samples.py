@@ -185,18 +185,40 @@ def test_labels_that_are_not_asked_for_are_not_read(spoilt_root: Path):
     assert NuScenes(spoilt_root).sample(SAMPLE, read_annotations=False).annotations is None
 
 
-def test_a_rig_without_lidar_gets_a_nominal_frame(tmp_path: Path):
+def test_samples_without_a_recording_of_the_rigs_lidar_keep_its_frame(tmp_path: Path):
     nuscenes = NuScenes(write_tiny_nuscenes(tmp_path / "tiny", with_lidar=False))
     sample = nuscenes.sample(SAMPLE, num_sweeps=3)
     assert sample.sweeps == ()
-    np.testing.assert_array_equal(sample.lidar2ego, NOMINAL_LIDAR2EGO)
+    np.testing.assert_allclose(sample.lidar2ego, LIDAR2EGO, atol=1e-12)
     np.testing.assert_allclose(sample.ego2global, ego2global_at(0.5), atol=1e-12)  # the front camera's
     assert load_points(sample).shape == (0, 5)
+
+
+def test_a_rig_that_never_had_a_lidar_gets_a_nominal_frame(tmp_path: Path):
+    root = write_tiny_nuscenes(tmp_path / "tiny", with_lidar=False)
+    edit_table(root, "calibrated_sensor", list.pop)  # the LiDAR's stands last
+    np.testing.assert_array_equal(NuScenes(root).sample(SAMPLE).lidar2ego, NOMINAL_LIDAR2EGO)
+
+
+def test_a_sample_without_lidar_is_refused_where_lidars_sit_in_two_places(tmp_path: Path):
+    root = write_tiny_nuscenes(tmp_path / "tiny", with_lidar=False)
+
+    def add_a_higher_one(rows: list[dict]):
+        rows.append(rows[-1] | {"token": "other", "translation": [0.9, 0.0, 2.8]})
+
+    edit_table(root, "calibrated_sensor", add_a_higher_one)
+    with pytest.raises(DataError, match=r"no LiDAR recording.*in 2 ways"):
+        NuScenes(root).sample(SAMPLE)
 
 
 def test_labels_in_counts_classes_with_returns_only(tiny: NuScenes):
     assert tiny.labels_in(SAMPLE) == {CLASSES.index("car"), CLASSES.index("pedestrian")}
     assert tiny.labels_in(SAMPLE, min_points=0) >= {CLASSES.index("barrier")}
+
+
+def test_labels_in_counts_classes_whose_returns_nobody_counted(spoilt_root: Path):
+    edit_table(spoilt_root, "sample_annotation", lambda rows: [row.update(num_lidar_pts=-1) for row in rows])
+    assert NuScenes(spoilt_root).labels_in(SAMPLE) >= {CLASSES.index("barrier")}
 
 
 def test_cameras_of_any_number_are_taken(spoilt_root: Path):

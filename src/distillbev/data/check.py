@@ -197,7 +197,7 @@ def _check_boxes(rows: Iterable[AnnotationRow], findings: _Findings) -> None:
             findings.add("warning", f"sample_annotation: a side over {LONGEST_SIDE_M:.0f} m", row.token)
         if not _is_unit(row.rotation):
             findings.add("error", "sample_annotation: rotation is no unit quaternion", row.token)
-        if row.num_lidar_pts < 0 or row.num_radar_pts < 0:
+        if row.num_lidar_pts < -1 or row.num_radar_pts < 0:  # -1: no LiDAR looked
             findings.add("error", "sample_annotation: a negative number of points", row.token)
 
 

@@ -280,6 +280,11 @@ class FrameDataset(Dataset[Batch]):
     def _raw_points(self, index: int, sample: Sample) -> NDArray[np.float32]:
         if index in self._points:
             return self._points[index]
+        if not sample.sweeps:
+            raise DataError(
+                f"sample {sample.token} (scene {sample.scene}) has no LiDAR recording, and points are asked for; "
+                "without LiDAR a student learns alone (student.depth_loss=null, or data.load_points=false)"
+            )
         if self.config.virtual_points is None:
             points = load_points(sample, self.config.remove_ego_radius_m)
         else:
@@ -364,7 +369,8 @@ class FrameDataset(Dataset[Batch]):
             return None
         config = self.config
         num_points = annotations.num_lidar_points + annotations.num_radar_points
-        keep = (annotations.labels >= 0) & (num_points >= config.min_points_in_box)
+        enough = (num_points >= config.min_points_in_box) | (num_points < 0)  # below 0: nobody counted
+        keep = (annotations.labels >= 0) & enough
         if config.max_box_distance_m is not None:
             keep &= (np.abs(annotations.boxes[:, :2]) <= config.max_box_distance_m).all(axis=1)
         boxes = augment_boxes(bev_aug, annotations.boxes[keep])

@@ -37,7 +37,7 @@ CAMERA_ORDER = (
 )
 LIDAR_CHANNEL = "LIDAR_TOP"
 
-# The frame of a rig without LiDAR: where nuScenes' cars carry theirs, x right and y forward, so that a
+# The frame of a rig that never had a LiDAR: where nuScenes' cars carry theirs, x right and y forward, so that a
 # network trained with a LiDAR sees the world from its usual height.
 NOMINAL_LIDAR2EGO = np.array(
     [[0, 1, 0, 0.94], [-1, 0, 0, 0], [0, 0, 1, 1.84], [0, 0, 0, 1]], dtype=np.float64
@@ -70,6 +70,7 @@ class NuScenes:
         self._poses: dict[
             str, NDArray[np.float64]
         ] = {}  # of calibrated sensors: few, asked for again and again
+        self._lidar_places: list[NDArray[np.float64]] | None = None
 
     @property
     def version(self) -> str:
@@ -146,7 +147,7 @@ class NuScenes:
         if sweeps:
             lidar2ego, ego2global = sweeps[0].lidar2ego, sweeps[0].ego2global
         else:
-            lidar2ego = NOMINAL_LIDAR2EGO
+            lidar2ego = self._place_of_lidar(token)
             ego2global = min(cameras, key=lambda camera: abs(camera.timestamp_us - row.timestamp)).ego2global
         return Sample(
             token=token,
@@ -161,12 +162,17 @@ class NuScenes:
         )
 
     def labels_in(self, token: str, min_points: int = 1) -> set[int]:
-        """The classes (indices into CLASSES) with an object that at least `min_points` sensor returns hit."""
+        """The classes (indices into CLASSES) with an object that at least `min_points` sensor returns hit.
+
+        An object that no sensor counted counts as hit.
+        """
         self._sample_row(token)
         labels_and_points = (
             (_label_of(category), count) for category, count in self._tables.categories_of_sample(token)
         )
-        return {label for label, count in labels_and_points if label >= 0 and count >= min_points}
+        return {
+            label for label, count in labels_and_points if label >= 0 and (count >= min_points or count < 0)
+        }
 
     def annotation_poses(self, token: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """The annotated boxes of a key frame with their full rotation, tilt included.
@@ -231,6 +237,23 @@ class NuScenes:
         if calibration.token not in self._poses:
             self._poses[calibration.token] = _pose("calibrated_sensor", calibration)
         return self._poses[calibration.token]
+
+    def _place_of_lidar(self, sample_token: str) -> NDArray[np.float64]:
+        """The frame of a sample that no LiDAR recorded: that of the rig's LiDAR all the same, or the nominal one."""
+        if self._lidar_places is None:
+            self._lidar_places = []
+            lidars = {row.token for row in self._tables.sensor if row.modality == "lidar"}
+            for row in self._tables.calibrated_sensor:
+                if row.sensor_token in lidars:
+                    place = self._sensor2ego(row)
+                    if not any(np.allclose(place, known) for known in self._lidar_places):
+                        self._lidar_places.append(place)
+        if len(self._lidar_places) > 1:
+            raise DataError(
+                f"sample {sample_token!r} has no LiDAR recording, and calibrated_sensor.json places LiDARs in "
+                f"{len(self._lidar_places)} ways; its frame cannot be told: give such samples a dataset of their own"
+            )
+        return self._lidar_places[0] if self._lidar_places else NOMINAL_LIDAR2EGO
 
     def _ego2global(self, data: SampleDataRow) -> NDArray[np.float64]:
         row = self._tables.ego_pose.follow(data.ego_pose_token, "sample_data", data, "ego_pose_token")

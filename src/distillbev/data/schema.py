@@ -43,6 +43,7 @@ class Annotations:
 
     boxes: (n, 9) float64 as BOX_FIELDS, velocity NaN where undefined. labels: (n,) int64 into CLASSES, -1 for
     categories outside the detection challenge. attributes: one name or "" each. visibility: 0 unknown, 1 to 4.
+    num_lidar_points: -1 where no LiDAR looked, as the devkit has it.
     """
 
     boxes: NDArray[np.float64]
