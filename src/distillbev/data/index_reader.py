@@ -104,7 +104,7 @@ class RowsOfSample(Mapping[str, list[str]], Generic[RowT]):
         return self._rows["grouped"][starts[number] : starts[number + 1]]
 
     def __getitem__(self, token: str) -> list[str]:
-        return [text.decode() for text in self._rows["token"][self.numbers(token)]]
+        return [text.decode() for text in self._rows["token"][self.numbers(token)].tolist()]
 
     def __iter__(self) -> Iterator[str]:
         return (row.token for row in self._samples)

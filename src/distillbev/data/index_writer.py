@@ -7,7 +7,6 @@ refused, so that their errors are always told by the JSON path.
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 import re
 import subprocess
@@ -32,6 +31,7 @@ SECOND_PROCESS_FROM_BYTES = 32 * 2**20
 LONGEST_TEXT = 255  # characters; columns are as wide as their longest text
 
 _CHUNK_BYTES = 8 * 2**20
+_LONGEST_ROW_BYTES = 2**16  # a longer one makes a longer chunk, no more
 _ROW_BORDER = re.compile(rb"\}\s*,\s*\{")
 
 
@@ -278,17 +278,17 @@ def _read_columns(path: Path, layout: Layout) -> Columns:
 def _chunks(path: Path, row_type: type[Row]) -> Iterator[list[Any]]:
     """Rows of a table, cut where a row ends; a cut inside a text or a row makes no JSON, and so is noticed."""
     decoder = msgspec.json.Decoder(list[row_type])
-    if not path.is_file() or path.stat().st_size == 0:
-        raise NotIndexableError(f"{path}: no such table, or an empty file")
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        start, head = 0, b""
-        while start < len(content):
-            border = _ROW_BORDER.search(content, start + _CHUNK_BYTES)
-            if border is None:
-                yield decoder.decode(head + content[start:])
-                return
-            yield decoder.decode(head + content[start : border.start() + 1] + b"]")
-            start, head = border.end() - 1, b"["
+    if not path.is_file():
+        raise NotIndexableError(f"{path}: no such table")
+    head, text = b"", b""
+    with path.open("rb") as file:
+        while block := file.read(_CHUNK_BYTES):
+            text += block
+            borders = list(_ROW_BORDER.finditer(text, max(len(text) - _LONGEST_ROW_BYTES, 0)))
+            if borders:
+                yield decoder.decode(head + text[: borders[-1].start() + 1] + b"]")
+                head, text = b"[", text[borders[-1].end() - 1 :]
+    yield decoder.decode(head + text)
 
 
 def _end_with_parent() -> None:
