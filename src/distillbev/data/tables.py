@@ -7,47 +7,57 @@ up by token; `samples.py` makes frames of them. Nothing outside the data layer s
 from __future__ import annotations
 
 import json
+import re
+import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
 import msgspec
 
 from ..errors import DataError
+from .files import LONGEST_NAME, is_plain_name, read_whole
 
 Vector = tuple[float, float, float]
 Quaternion = tuple[float, float, float, float]
+Text = Annotated[str, msgspec.Meta(max_length=LONGEST_NAME)]
+# Whole numbers that differences and float64 hold exactly, and what an image can have at most.
+Count = Annotated[int, msgspec.Meta(ge=-(2**53), le=2**53)]
+Pixels = Annotated[int, msgspec.Meta(ge=0, le=65_535)]
+
+MOST_TABLE_BYTES = 16 * 2**30  # ten times the largest table of nuScenes
+LONGEST_ROW = 16_384  # characters; those of nuScenes have some 500
 
 
 class Row(msgspec.Struct, frozen=True, gc=False):
     """A row of any table; fields that are not used here are skipped when reading."""
 
-    token: str
+    token: Text
 
 
 class SceneRow(Row, frozen=True, gc=False):
-    name: str
+    name: Text
 
 
 class SampleRow(Row, frozen=True, gc=False):
-    timestamp: int
-    scene_token: str
-    prev: str
-    next: str
+    timestamp: Count
+    scene_token: Text
+    prev: Text
+    next: Text
 
 
 class SampleDataRow(Row, frozen=True, gc=False):
-    sample_token: str
-    ego_pose_token: str
-    calibrated_sensor_token: str
-    timestamp: int
+    sample_token: Text
+    ego_pose_token: Text
+    calibrated_sensor_token: Text
+    timestamp: Count
     is_key_frame: bool
-    filename: str
-    prev: str
-    width: int = 0
-    height: int = 0
+    filename: Text
+    prev: Text
+    width: Pixels = 0
+    height: Pixels = 0
 
 
 class EgoPoseRow(Row, frozen=True, gc=False):
@@ -56,39 +66,39 @@ class EgoPoseRow(Row, frozen=True, gc=False):
 
 
 class CalibratedSensorRow(Row, frozen=True, gc=False):
-    sensor_token: str
+    sensor_token: Text
     translation: Vector
     rotation: Quaternion
     camera_intrinsic: list[list[float]] = []
 
 
 class SensorRow(Row, frozen=True, gc=False):
-    channel: str
-    modality: str
+    channel: Text
+    modality: Text
 
 
 class AnnotationRow(Row, frozen=True, gc=False):
-    sample_token: str
-    instance_token: str
-    visibility_token: str
-    attribute_tokens: list[str]
+    sample_token: Text
+    instance_token: Text
+    visibility_token: Text
+    attribute_tokens: list[Text]
     translation: Vector
     size: Vector  # width, length, height
     rotation: Quaternion
-    prev: str
-    next: str
-    num_lidar_pts: int
-    num_radar_pts: int
+    prev: Text
+    next: Text
+    num_lidar_pts: Count
+    num_radar_pts: Count
 
 
 class InstanceRow(Row, frozen=True, gc=False):
-    category_token: str
+    category_token: Text
 
 
 class NamedRow(Row, frozen=True, gc=False):
     """A category or an attribute."""
 
-    name: str
+    name: Text
 
 
 RowT = TypeVar("RowT", bound=Row)
@@ -128,7 +138,12 @@ class Table(RowsByToken[RowT]):
 
     def __init__(self, path: Path, row_type: type[RowT]) -> None:
         self.name = path.stem
-        self._rows = {row.token: row for row in read_rows(path, row_type)}
+        self._rows: dict[str, RowT] = {}
+        for row in read_rows(path, row_type):
+            if self._rows.setdefault(row.token, row) is not row:
+                raise DataError(
+                    f"{path}: token {row.token!r} occurs more than once; delete all but the right row"
+                )
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -155,7 +170,16 @@ class Tables:
 
     @cached_property
     def scene(self) -> Table[SceneRow]:
-        return self._table("scene", SceneRow)
+        table = self._table("scene", SceneRow)
+        tokens: dict[str, str] = {}
+        for row in table:
+            _check_name("scene", row, "name", row.name)
+            if tokens.setdefault(row.name, row.token) != row.token:
+                raise DataError(
+                    f"scene.json, token {row.token!r}: scene {tokens[row.name]!r} has the name {row.name!r}, too; "
+                    "give each its own"
+                )
+        return table
 
     @cached_property
     def sample(self) -> RowsByToken[SampleRow]:
@@ -175,7 +199,10 @@ class Tables:
 
     @cached_property
     def sensor(self) -> Table[SensorRow]:
-        return self._table("sensor", SensorRow)
+        table = self._table("sensor", SensorRow)
+        for row in table:
+            _check_name("sensor", row, "channel", row.channel)
+        return table
 
     @cached_property
     def sample_annotation(self) -> RowsByToken[AnnotationRow]:
@@ -264,37 +291,65 @@ def find_version_folder(root: Path, version: str | None) -> Path:
     return root / found[0]
 
 
-def read_rows(path: Path, row_type: type[RowT]) -> list[RowT]:
-    """All rows of one JSON table."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
+def _check_name(table: str, row: Row, field: str, name: str) -> None:
+    """Names of scenes, sensors and samples become parts of file names."""
+    if not is_plain_name(name):
         raise DataError(
-            f"{path}: no such table; a nuScenes version folder holds {path.name}, copy it or write it again"
-        ) from None
+            f"{table}.json, token {row.token!r}: {field} {name[:LONGEST_NAME]!r}; expected a name of 1 to "
+            f"{LONGEST_NAME} characters without separators, control characters or a dot at its start"
+        )
+
+
+def read_rows(path: Path, row_type: type[RowT]) -> list[RowT]:
+    """All rows of one JSON table.
+
+    Raises:
+        DataError: the file is absent, damaged, or has a row that lacks a field or has an impossible one.
+    """
+    absent = f"; a nuScenes version folder holds {path.name}, copy it or write it again"
+    content = read_whole(path, "table", MOST_TABLE_BYTES, absent)
     try:
         return msgspec.json.decode(content, type=list[row_type])
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         return _read_rows_slowly(path, content, row_type)
 
 
 def _read_rows_slowly(path: Path, content: bytes, row_type: type[RowT]) -> list[RowT]:
     """Row by row, so that the error can name the row; takes the NaN that Python's json module writes."""
-    try:
-        raw_rows = json.loads(content)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path} ({len(content)} bytes): not a JSON table: {error}; copy or write it again"
-        ) from None
-    if not isinstance(raw_rows, list):
-        raise DataError(f"{path}: expected a list of rows, found {type(raw_rows).__name__}")
     rows = []
-    for number, raw_row in enumerate(raw_rows):
-        try:
+    try:
+        for raw_row in _raw_rows(content.decode("utf-8-sig")):
+            json.dumps(
+                raw_row, ensure_ascii=False
+            ).encode()  # refuses half characters, which nothing can print
             rows.append(msgspec.convert(raw_row, row_type))
-        except msgspec.ValidationError as error:
-            token = raw_row.get("token") if isinstance(raw_row, dict) else None
-            raise DataError(
-                f"{path}, row {number}, token {token!r}: {error}; mend the row or copy the table again"
-            ) from None
+    except msgspec.ValidationError as error:
+        token = raw_row.get("token") if isinstance(raw_row, dict) else None
+        raise DataError(
+            f"{path}, row {len(rows)}, token {reprlib.repr(token)}: {error}; mend the row or copy the table again"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{path} ({len(content)} bytes): not a JSON table: {error} in row {len(rows)}; copy or write it again"
+        ) from None
     return rows
+
+
+def _raw_rows(text: str) -> Iterator[Any]:
+    """The rows of a table one by one, so that a hostile one cannot become a hundred times its size in memory."""
+    decode = json.JSONDecoder().raw_decode
+    skip = re.compile(r"[ \t\r\n]*").match
+    if text[(place := skip(text).end()) : place + 1] != "[":
+        raise ValueError("expected a list of rows")
+    place = skip(text, place + 1).end()
+    closed = text[place : place + 1] == "]"
+    while not closed:
+        row, length = decode(text[place : place + LONGEST_ROW])
+        yield row
+        place = skip(text, place + length).end()
+        closed = text[place : place + 1] == "]"
+        if not closed and text[place : place + 1] != ",":
+            raise ValueError("expected a comma or the end of the list after the row")
+        place = skip(text, place + 1).end()
+    if skip(text, place + 1).end() < len(text):
+        raise ValueError("expected nothing after the list of rows")
