@@ -6,12 +6,18 @@ Pixel coordinates are continuous: the pixel in column j and row i covers [j, j+1
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from PIL import Image
 
 from ..errors import DataError
 from .schema import CameraFrame
+
+try:
+    import simplejpeg
+except Exception:  # an optional part, which may also be installed and broken
+    simplejpeg = None
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,9 @@ class DecodedImage:
     exact: bool
 
 
-def load_image(camera: CameraFrame, scale: float | None = None, exact: bool = False) -> DecodedImage:
+def load_image(
+    camera: CameraFrame, scale: float | None = None, exact: bool = False, fast: bool = True
+) -> DecodedImage:
     """Reads one camera image.
 
     Args:
@@ -32,20 +40,57 @@ def load_image(camera: CameraFrame, scale: float | None = None, exact: bool = Fa
         scale: network pixels per source pixel, the largest that will be asked of this image; lets JPEG
             decoding skip resolution that a resize would throw away. None for full size.
         exact: decode in full all the same (and resize as the reference does): slower, other pixel values.
+        fast: decode with simplejpeg where it is installed; the pixels are the same.
 
     Raises:
         DataError: the file is absent, truncated, no image, or of another size than the tables say.
     """
+    reduction = 1 if exact or scale is None else reduction_for(camera.size_wh_px, scale)
+    image = _decode_fast(camera, reduction) if fast else None
+    if image is None:
+        image = _decode(camera, reduction)
+    return DecodedImage(image, camera.size_wh_px, round(camera.size_wh_px[0] / image.width), exact)
+
+
+def reduction_for(size_wh_px: tuple[int, int], scale: float) -> int:
+    """The largest of 8, 4, 2 and 1 that leaves an image of this size at least `scale` times as large."""
+    factor = min(size // max(int(size * scale), 1) for size in size_wh_px)
+    return next((reduction for reduction in (8, 4, 2) if factor >= reduction), 1)
+
+
+def _decode_fast(camera: CameraFrame, reduction: int) -> Image.Image | None:
+    """The image, if simplejpeg is there and finds nothing to object to; all else is left to Pillow."""
+    width, height = camera.size_wh_px
+    if simplejpeg is None or width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
+        return None
+    try:
+        content = camera.path.read_bytes()
+        found_height, found_width, colours, _ = simplejpeg.decode_jpeg_header(content)
+        if (found_width, found_height) != camera.size_wh_px or colours not in ("YCbCr", "Gray"):
+            return None
+        pixels = simplejpeg.decode_jpeg(
+            content,
+            min_width=-(-width // reduction),
+            min_height=-(-height // reduction),
+            min_factor=reduction,
+        )
+    except (OSError, ValueError):
+        return None
+    return Image.fromarray(pixels)
+
+
+def _decode(camera: CameraFrame, reduction: int) -> Image.Image:
+    width, height = camera.size_wh_px
     try:
         image = Image.open(camera.path)
         size_wh_px = image.size
         if size_wh_px == camera.size_wh_px:
-            if scale is not None and not exact:
-                image.draft("RGB", (max(int(size_wh_px[0] * scale), 1), max(int(size_wh_px[1] * scale), 1)))
+            image.draft("RGB", (max(width // reduction, 1), max(height // reduction, 1)))
             image = image.convert("RGB")
     except FileNotFoundError:
         raise DataError(f"{camera.path}: no such image, though the tables name it; copy it again") from None
-    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for some broken headers
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        # Pillow raises SyntaxError for some broken headers.
         size = camera.path.stat().st_size
         raise DataError(
             f"{camera.path} ({size} bytes): unreadable image: {error}; copy the file again"
@@ -56,4 +101,4 @@ def load_image(camera: CameraFrame, scale: float | None = None, exact: bool = Fa
             f"{camera.size_wh_px[0]}x{camera.size_wh_px[1]}; the intrinsics belong to the latter: mend the "
             "table or restore the original image"
         )
-    return DecodedImage(image, size_wh_px, reduction=round(size_wh_px[0] / image.size[0]), exact=exact)
+    return image
