@@ -11,7 +11,7 @@ CORE = ("distillbev", "setuptools")
 # The devkit is the tests' oracle. It caps numpy below 2 but runs with it, so its own requirements are not followed.
 ORACLE = ("nuscenes-devkit",)
 DEV = (
-    *("pytest", "pytest-xdist", "hypothesis", "ruff", "pyright"),
+    *("pytest", "pytest-xdist", "hypothesis", "ruff", "pyright", "simplejpeg"),
     *(
         "pyquaternion",
         "shapely",
