@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
+from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from ..classes import CATEGORY_TO_CLASS, CLASSES
 from ..errors import DataError
 from ..geometry import invert_rigid, pose_matrix, quaternion_to_rotation, yaw_of_rotation
+from .files import read_whole, stays_inside
 from .index import open_tables
 from .schema import Annotations, CameraFrame, LidarSweep, Sample
 from .tables import (
@@ -23,6 +27,7 @@ from .tables import (
     SampleDataRow,
     SampleRow,
     SensorRow,
+    check_name,
     find_version_folder,
 )
 
@@ -46,6 +51,18 @@ NOMINAL_LIDAR2EGO = np.array(
 # Longest time between two annotations of an instance that still gives a velocity; twice that where the
 # difference spans both neighbours. Source: nuScenes devkit, NuScenes.box_velocity.
 MAX_VELOCITY_GAP_S = 1.5
+
+# Beyond these no recording makes sense, and arithmetic on it none either.
+FARTHEST_M = 1e8  # of any place; map grids run to 1e7
+LARGEST_BOX_M = 1000.0
+SMALLEST_BOX_M = 0.001
+MOST_PIXELS = 2**26  # of one image
+MOST_FOCAL_PX = 1e6
+LONGEST_DELAY_US = 1_000_000  # of a key frame's recording to its sample
+FASTEST_M_S = (
+    150.0  # of the car, between two recordings of one sample; 20 m more for a jump of its positioning
+)
+MOST_SPLITS_BYTES = 2**26
 
 
 class NuScenes:
@@ -88,7 +105,8 @@ class NuScenes:
             official = {
                 name: list(names) for name, names in official_splits().items() if known.issuperset(names)
             }
-            own = self._read_splits(path) if path.exists() else {"all": self.scenes()}
+            there = path.exists() or path.is_symlink()  # a broken link is no absent file
+            own = self._read_splits(path) if there else {"all": self.scenes()}
             self._splits = official | own
         return self._splits
 
@@ -124,11 +142,26 @@ class NuScenes:
             read_annotations: False leaves the frame's annotation rows untouched and gives `annotations=None`.
         """
         row = self._sample_row(token)
+        check_name("sample", row, "token", token)
         scene = self._tables.scene.follow(row.scene_token, "sample", row, "scene_token")
         cameras: list[CameraFrame] = []
         lidars: dict[str, SampleDataRow] = {}
+        seen: dict[str, SampleDataRow] = {}
         for data in self._key_data(token):
             calibration, sensor = self._sensor_of(data)
+            if seen.setdefault(sensor.channel, data) is not data:
+                raise DataError(
+                    f"sample_data.json: key frames {seen[sensor.channel].token!r} and {data.token!r} of sample "
+                    f"{token!r} are both of {sensor.channel}; delete one"
+                )
+            if (
+                sensor.modality in ("camera", "lidar")
+                and abs(data.timestamp - row.timestamp) > LONGEST_DELAY_US
+            ):
+                raise DataError(
+                    f"sample_data.json, token {data.token!r}: key frame {1e-6 * (data.timestamp - row.timestamp):.2f} "
+                    f"s after its sample {token!r}; expected less than {1e-6 * LONGEST_DELAY_US:.0f} s between them"
+                )
             if sensor.modality == "camera":
                 cameras.append(self._camera_frame(data, calibration, sensor))
             elif sensor.modality == "lidar":
@@ -149,6 +182,7 @@ class NuScenes:
         else:
             lidar2ego = self._place_of_lidar(token)
             ego2global = min(cameras, key=lambda camera: abs(camera.timestamp_us - row.timestamp)).ego2global
+        _check_motion(token, cameras, sweeps)
         return Sample(
             token=token,
             scene=scene.name,
@@ -192,21 +226,21 @@ class NuScenes:
         return box2global, sizes_wlh[:, [1, 0, 2]]
 
     def _read_splits(self, path: Path) -> dict[str, list[str]]:
+        content = read_whole(path, "list of splits", MOST_SPLITS_BYTES, "; copy it again")
         try:
-            splits = json.loads(path.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            splits = msgspec.json.decode(content, type=dict[str, list[str]])
+        except msgspec.DecodeError as error:
             raise DataError(f"{path}: not valid JSON: {error}; expected {{split: [scene names]}}") from None
-        if not isinstance(splits, dict) or not all(isinstance(names, list) for names in splits.values()):
-            raise DataError(f"{path}: expected {{split: [scene names]}}")
         known = set(self.scenes())
         for split, names in splits.items():
-            strangers = [str(name) for name in names if not (isinstance(name, str) and name in known)]
-            missing = [name for name in strangers if self._tables.sample.get(name) is None]
+            missing = [name for name in names if name not in known and self._tables.sample.get(name) is None]
             if missing:
                 raise DataError(
                     f"{path}: split {split!r} names {len(missing)} of {len(names)} scenes "
-                    f"that {self.version}/scene.json lacks, such as {missing[0]!r}; mend either"
+                    f"that {self.version}/scene.json lacks, such as {reprlib.repr(missing[0])}; mend either"
                 )
+            if len(set(names)) < len(names):
+                raise DataError(f"{path}: split {split!r} names a scene twice; name each once")
         return splits
 
     def _sample_row(self, token: str) -> SampleRow:
@@ -264,19 +298,26 @@ class NuScenes:
     ) -> CameraFrame:
         intrinsic = calibration.camera_intrinsic
         if (
-            len(intrinsic) != 3
-            or any(len(line) != 3 for line in intrinsic)
-            or not np.isfinite(intrinsic).all()
+            [len(line) for line in intrinsic] != [3, 3, 3]
+            or not np.all(np.abs(intrinsic) <= MOST_FOCAL_PX)
+            or min(intrinsic[0][0], intrinsic[1][1]) <= 0
+            or intrinsic[2] != [0, 0, 1]
         ):
             raise DataError(
                 f"calibrated_sensor.json, token {calibration.token!r} ({sensor.channel}): camera_intrinsic "
-                f"is {intrinsic}; a camera needs a finite 3x3 matrix"
+                f"is {reprlib.repr(intrinsic)}; a camera needs a 3x3 matrix of finite numbers, focal lengths above "
+                "zero, and 0, 0, 1 in its last row"
+            )
+        if data.width * data.height > MOST_PIXELS:
+            raise DataError(
+                f"sample_data.json, token {data.token!r}: {data.width}x{data.height} pixels, expected at most "
+                f"{MOST_PIXELS} in all; mend the row"
             )
         cam2img = np.eye(4)
         cam2img[:3, :3] = intrinsic
         return CameraFrame(
             channel=sensor.channel,
-            path=self.root / data.filename,
+            path=self._path(data),
             timestamp_us=data.timestamp,
             size_wh_px=(data.width, data.height),
             cam2img=cam2img,
@@ -287,16 +328,40 @@ class NuScenes:
     def _sweeps(self, key: SampleDataRow, num_sweeps: int) -> tuple[LidarSweep, ...]:
         rows = [key]
         while len(rows) <= num_sweeps and rows[-1].prev:
-            rows.append(self._tables.sample_data.follow(rows[-1].prev, "sample_data", rows[-1], "prev"))
+            before = self._tables.sample_data.follow(rows[-1].prev, "sample_data", rows[-1], "prev")
+            self._check_sweep_before(rows[-1], before)
+            rows.append(before)
         return tuple(
             LidarSweep(
-                path=self.root / row.filename,
+                path=self._path(row),
                 timestamp_us=row.timestamp,
                 lidar2ego=self._sensor2ego(self._sensor_of(row)[0]),
                 ego2global=self._ego2global(row),
             )
             for row in rows
         )
+
+    def _check_sweep_before(self, row: SampleDataRow, before: SampleDataRow) -> None:
+        """A link to another sensor or scene, or forward or in a circle, would join points that do not belong."""
+        channels, scenes = [], []
+        for data in (before, row):
+            channels.append(self._sensor_of(data)[1].channel)
+            sample = self._tables.sample.follow(data.sample_token, "sample_data", data, "sample_token")
+            scenes.append(sample.scene_token)
+        if channels[0] != channels[1] or scenes[0] != scenes[1] or before.timestamp >= row.timestamp:
+            raise DataError(
+                f"sample_data.json, token {row.token!r}: prev is {before.token!r} of {channels[0]} and scene "
+                f"{scenes[0]!r}, {1e-6 * (row.timestamp - before.timestamp):.3f} s earlier; expected an earlier "
+                f"recording of {channels[1]} in scene {scenes[1]!r}, or nothing at its start"
+            )
+
+    def _path(self, row: SampleDataRow) -> Path:
+        if not stays_inside(row.filename):
+            raise DataError(
+                f"sample_data.json, token {row.token!r}: filename {row.filename!r}; expected the name of a file below "
+                f"{self.root}, such as samples/CAM_FRONT/one.jpg"
+            )
+        return self.root / row.filename
 
     def _annotation_rows(self, sample_token: str) -> list[AnnotationRow]:
         self._sample_row(sample_token)
@@ -351,9 +416,20 @@ class NuScenes:
         annotations = self._tables.sample_annotation
         first = annotations.follow(row.prev, "sample_annotation", row, "prev") if row.prev else row
         last = annotations.follow(row.next, "sample_annotation", row, "next") if row.next else row
-        seconds = 1e-6 * (self._time_us(last) - self._time_us(first))
+        times = [self._time_us(annotation) for annotation in (first, row, last)]
+        for neighbour, field, right in (
+            (first, "prev", first is row or times[0] < times[1]),
+            (last, "next", last is row or times[1] < times[2]),
+        ):
+            if neighbour.instance_token != row.instance_token or not right:
+                raise DataError(
+                    f"sample_annotation.json, token {row.token!r}: {field} is {neighbour.token!r} of instance "
+                    f"{neighbour.instance_token!r}; expected one of {row.instance_token!r} "
+                    f"{'before' if field == 'prev' else 'after'} it in time"
+                )
+        seconds = 1e-6 * (times[2] - times[0])
         longest = MAX_VELOCITY_GAP_S * (2 if row.prev and row.next else 1)
-        if not 0 < seconds <= longest:
+        if seconds > longest:
             return math.nan, math.nan
         return (
             (last.translation[0] - first.translation[0]) / seconds,
@@ -386,23 +462,42 @@ def _visibility_of(row: AnnotationRow) -> int:
     return int(row.visibility_token) if row.visibility_token in {"1", "2", "3", "4"} else 0
 
 
+def _check_motion(token: str, cameras: Sequence[CameraFrame], sweeps: Sequence[LidarSweep]) -> None:
+    """One pose of another place would throw a whole image or sweep somewhere else."""
+    recordings = [*sweeps, *cameras]
+    for recording in recordings[1:]:
+        way_m = np.linalg.norm((recording.ego2global - recordings[0].ego2global)[:3, 3])
+        seconds = 1e-6 * abs(recording.timestamp_us - recordings[0].timestamp_us)
+        if way_m > 20 + FASTEST_M_S * seconds:
+            raise DataError(
+                f"sample {token!r}: the car is {way_m:.4g} m away from itself within {seconds:.3f} s, at "
+                f"{recordings[0].path.name} and {recording.path.name}; mend their rows of ego_pose.json"
+            )
+
+
 def _pose(table: str, row: EgoPoseRow | CalibratedSensorRow) -> NDArray[np.float64]:
-    norm = math.sqrt(sum(value * value for value in row.rotation))
-    if not (all(map(math.isfinite, row.translation)) and abs(norm - 1) < 1e-3):
+    if not (_is_near(row.translation) and _is_unit(row.rotation)):
         raise DataError(
             f"{table}.json, token {row.token!r}: translation {row.translation}, rotation {row.rotation}; "
-            "expected finite metres and a unit quaternion (w, x, y, z)"
+            f"expected metres below {FARTHEST_M:.0e} and a unit quaternion (w, x, y, z)"
         )
-    quaternion = np.array(row.rotation) / norm
+    quaternion = np.array(row.rotation) / math.hypot(*row.rotation)
     return pose_matrix(np.array(row.translation), quaternion_to_rotation(quaternion))
 
 
 def _check_box(row: AnnotationRow) -> None:
-    finite = all(map(math.isfinite, (*row.translation, *row.size, *row.rotation)))
-    norm = math.sqrt(sum(value * value for value in row.rotation))
-    if not finite or min(row.size) <= 0 or abs(norm - 1) > 1e-3:
+    sized = all(SMALLEST_BOX_M <= side <= LARGEST_BOX_M for side in row.size)
+    if not (sized and _is_near(row.translation) and _is_unit(row.rotation)):
         raise DataError(
             f"sample_annotation.json, token {row.token!r}: translation {row.translation}, size {row.size}, "
-            f"rotation {row.rotation}; expected finite metres, a size above zero and a unit quaternion; "
-            "mend or delete the row"
+            f"rotation {row.rotation}; expected metres below {FARTHEST_M:.0e}, sides of {SMALLEST_BOX_M} to "
+            f"{LARGEST_BOX_M:.0f} m and a unit quaternion; mend or delete the row"
         )
+
+
+def _is_near(translation: Iterable[float]) -> bool:
+    return all(abs(value) <= FARTHEST_M for value in translation)  # NaN is not
+
+
+def _is_unit(rotation: Iterable[float]) -> bool:
+    return abs(math.hypot(*rotation) - 1) < 1e-3

@@ -173,7 +173,7 @@ class Tables:
         table = self._table("scene", SceneRow)
         tokens: dict[str, str] = {}
         for row in table:
-            _check_name("scene", row, "name", row.name)
+            check_name("scene", row, "name", row.name)
             if tokens.setdefault(row.name, row.token) != row.token:
                 raise DataError(
                     f"scene.json, token {row.token!r}: scene {tokens[row.name]!r} has the name {row.name!r}, too; "
@@ -201,7 +201,7 @@ class Tables:
     def sensor(self) -> Table[SensorRow]:
         table = self._table("sensor", SensorRow)
         for row in table:
-            _check_name("sensor", row, "channel", row.channel)
+            check_name("sensor", row, "channel", row.channel)
         return table
 
     @cached_property
@@ -291,7 +291,7 @@ def find_version_folder(root: Path, version: str | None) -> Path:
     return root / found[0]
 
 
-def _check_name(table: str, row: Row, field: str, name: str) -> None:
+def check_name(table: str, row: Row, field: str, name: str) -> None:
     """Names of scenes, sensors and samples become parts of file names."""
     if not is_plain_name(name):
         raise DataError(
