@@ -127,6 +127,16 @@ def test_public_weights_load_whole_and_their_classifier_is_named_as_left_out(
         assert torch.equal(value, source.state_dict()[key]), key
 
 
+def test_a_backbone_starts_from_the_one_inside_a_student(tmp_path: Path) -> None:
+    student = torch.nn.Module()
+    student.image_encoder = ImageEncoder(ImageEncoderConfig(backbone=SMALL, out_channels=4))
+    save_file(student.state_dict(), tmp_path / "weights.safetensors")
+    backbone = ResNet(SMALL)
+    load_backbone_weights(backbone, tmp_path / "weights.safetensors")
+    for key, value in student.image_encoder.backbone.state_dict().items():
+        assert torch.equal(backbone.state_dict()[key], value), key
+
+
 def test_without_a_file_nothing_is_loaded() -> None:
     assert ImageEncoder(ImageEncoderConfig(backbone=SMALL)).load_backbone_weights() is None
 

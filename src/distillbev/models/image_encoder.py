@@ -308,7 +308,9 @@ def normalise_images(images: Tensor) -> Tensor:
 
 
 def load_backbone_weights(backbone: nn.Module, path: Path) -> str:
-    """Loads a public checkpoint of a backbone strictly; a classifier (`fc.*`) is the one thing left out.
+    """Loads a backbone strictly, from a public checkpoint or from the weights of a student of ours.
+
+    Of a public checkpoint the classifier (`fc.*`) is the one thing left out; of a student, all but its backbone.
 
     Args:
         backbone: the module; every key of it must be in the file, with its shape.
@@ -333,6 +335,13 @@ def load_backbone_weights(backbone: nn.Module, path: Path) -> str:
         raise CheckpointError(
             f"{path}: not readable as plain weights ({reason}); give a state dict"
         ) from None
+    student_prefix = "image_encoder.backbone."
+    if any(key.startswith(student_prefix) for key in found):
+        found = {
+            key.removeprefix(student_prefix): tensor
+            for key, tensor in found.items()
+            if key.startswith(student_prefix)
+        }
     expected = backbone.state_dict()
     missing = sorted(expected.keys() - found.keys())
     left = sorted(found.keys() - expected.keys())
