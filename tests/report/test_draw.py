@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -172,11 +173,22 @@ def test_a_mosaic_takes_any_rig(tmp_path: Path, cameras: int, columns: int, rows
     assert mosaic.size == (columns * 106 + 6, 34 + rows * 56)
 
 
+def test_a_mosaic_shows_images_of_other_shapes_whole(tmp_path: Path):
+    sample = hand_made_sample(tmp_path, 2)
+    upright = replace(sample.cameras[1], size_wh_px=(90, 300), path=tmp_path / "upright.png")
+    Image.new("RGB", upright.size_wh_px, (0, 200, 0)).save(upright.path)
+    mosaic = camera_mosaic(replace(sample, cameras=(sample.cameras[0], upright)), tile_width_px=200)
+    assert mosaic.size == (2 * 206 + 6, 34 + 150 + 6)  # the place of an image is no taller than 4:3
+    columns = painted(mosaic, (0, 200, 0))[:, 0]
+    assert columns.max() - columns.min() + 1 == 45
+
+
 def test_inspecting_writes_every_picture(tmp_path: Path):
     paths = inspect_sample(hand_made_sample(tmp_path, 2), tmp_path / "out")
     assert [path.name for path in paths] == [
         "scene_token_boxes.jpg",
         "scene_token_points.jpg",
+        "scene_token_ground.jpg",
         "scene_token_bev.png",
     ]
     assert all(Image.open(path).width > 100 for path in paths)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from ..data.images import load_image
 from ..data.points import load_points
 from ..data.schema import Annotations, CameraFrame, Sample
 from ..geometry import invert_rigid
+from .rig_lines import DIRECTIONS, field_of_view, ground_lines, label_place
 
 Colour = tuple[int, int, int]
 Placement = Callable[[NDArray[np.floating]], NDArray[np.floating]]  # metres seen from above -> pixels
@@ -48,6 +50,8 @@ PANEL: Colour = (27, 31, 42)
 INK: Colour = (228, 231, 238)
 RING: Colour = (38, 43, 57)
 FAINT: Colour = (72, 80, 100)
+
+CAMERA_COLOURS: tuple[Colour, ...] = tuple(CLASS_COLOURS.values())
 
 # Near to far, an even walk from warm to cold that stays bright on dark and on street scenes.
 DEPTH_COLOURS = np.array(
@@ -136,6 +140,48 @@ def draw_points_on_image(
     return Image.fromarray(canvas).reduce(scale)
 
 
+def draw_ground_on_image(
+    image: Image.Image, lidar2ego: NDArray[np.float64], lidar2img: NDArray[np.float64]
+) -> Image.Image:
+    """A copy of the image with rings on flat ground, the horizon, and the car's directions by name.
+
+    The horizon lies on the real one and the rings run on from camera to camera, or the calibration is wrong.
+    """
+    scale = SUPERSAMPLING
+    canvas = image.resize((image.width * scale, image.height * scale), Image.Resampling.BILINEAR)
+    pen = ImageDraw.Draw(canvas, "RGBA")
+    for line in ground_lines(lidar2ego):
+        corners = _to_camera(lidar2img, line.points_m)
+        colour, opacity = line_colour(line.name, line.distance_m), 220 if line.name else 90
+        for start, end in pairwise(corners):
+            clipped = clip_segment(start, end)
+            if clipped is not None:
+                ends = [tuple(point[:2] / point[2] * scale) for point in clipped]
+                pen.line(ends, fill=(*colour, opacity), width=round(1.5 * scale))
+    for name in DIRECTIONS:
+        u, v, depth = _to_camera(lidar2img, label_place(lidar2ego, name))
+        if depth > NEAR_M:
+            place = (u / depth * scale + 4 * scale, v / depth * scale)
+            pen.text(
+                place,
+                name,
+                INK,
+                font=font(11 * scale),
+                anchor="lb",
+                stroke_width=scale,
+                stroke_fill=BACKGROUND,
+            )
+    return canvas.reduce(scale)
+
+
+def line_colour(name: str, distance_m: float) -> Colour:
+    """Rings as points of that depth; horizon and directions like text."""
+    if not name.endswith(" m"):
+        return INK
+    red, green, blue = depth_colours(np.array([distance_m]), 60.0)[0].tolist()
+    return red, green, blue
+
+
 def depth_colours(depth_m: NDArray[np.float64], max_depth_m: float) -> NDArray[np.uint8]:
     """(n,) depths -> (n, 3) colours, warm near, cold from `max_depth_m` on."""
     position = np.clip(depth_m / max_depth_m, 0, 1) ** 0.7 * (len(DEPTH_COLOURS) - 1)
@@ -150,25 +196,33 @@ def camera_mosaic(
     points: NDArray[np.floating] | None = None,
     tile_width_px: int = 560,
     title: str | None = None,
+    ground: bool = False,
 ) -> Image.Image:
     """All cameras of a sample in rows of up to three, with boxes and points (LiDAR frame) on the pixels.
+
+    Images of any sizes: each fills the width of its place, those taller than 4:3 its height. `ground` draws
+    `draw_ground_on_image` over them.
 
     Raises:
         DataError: an image is absent, damaged or of another size than the tables say.
     """
-    tiles = [_camera_tile(sample, camera, layers, points, tile_width_px) for camera in sample.cameras]
+    tiles = [_camera_tile(sample, camera, layers, points, tile_width_px, ground) for camera in sample.cameras]
     columns = 2 if len(tiles) in (2, 4) else min(3, max(len(tiles), 1))
-    rows = -(-len(tiles) // columns)
-    gap, header, footer = 6, 34, 34 if layers else 0
-    tile_height = max((tile.height for tile in tiles), default=0)
+    rows = [tiles[first : first + columns] for first in range(0, len(tiles), columns)]
+    heights = [max(tile.height for tile in row) for row in rows]
+    legend = _legend_of_ground() if ground else _legend_of_boxes(layers)
+    gap, header, footer = 6, 34, 34 if legend else 0
     width = columns * (tile_width_px + gap) + gap
-    picture = Image.new("RGB", (width, header + rows * (tile_height + gap) + footer), BACKGROUND)
-    for number, tile in enumerate(tiles):
-        row, column = divmod(number, columns)
-        picture.paste(tile, (gap + column * (tile_width_px + gap), header + row * (tile_height + gap)))
+    picture = Image.new("RGB", (width, header + sum(heights) + gap * len(rows) + footer), BACKGROUND)
+    top = header
+    for row, height in zip(rows, heights, strict=True):
+        for column, tile in enumerate(row):
+            left = gap + column * (tile_width_px + gap)
+            picture.paste(tile, (left + (tile_width_px - tile.width) // 2, top + (height - tile.height) // 2))
+        top += height + gap
     pen = ImageDraw.Draw(picture)
     pen.text((gap + 6, header / 2), title or sample.scene, INK, font=font(15), anchor="lm")
-    _draw_legend(pen, (gap + 6, picture.height - footer / 2 - gap / 2), layers, width - 2 * gap)
+    _draw_legend(pen, (gap + 6, picture.height - footer / 2 - gap / 2), legend, width - 2 * gap)
     return picture
 
 
@@ -178,6 +232,7 @@ def bev_picture(
     extent_m: float = 51.2,
     size_px: int = 900,
     title: str = "",
+    rig: Sample | None = None,
 ) -> Image.Image:
     """The ground around the car from above: x to the right, y (forward) up, in the LiDAR frame.
 
@@ -190,6 +245,7 @@ def bev_picture(
         extent_m: half the side of the square that is shown.
         size_px: its side in the picture.
         title: one line above it.
+        rig: whose cameras are shown with their fields of view.
     """
     scale = SUPERSAMPLING
     side = size_px * scale
@@ -204,6 +260,8 @@ def bev_picture(
         field = _stamp_bev_points(field, np.asarray(points[:, :3], dtype=np.float64), place)
     pen = ImageDraw.Draw(field, "RGBA")
     _draw_ego(pen, place)
+    if rig is not None:
+        _draw_cameras(pen, rig, place, reach_m=0.3 * extent_m)
     for layer in layers:
         for index, box in enumerate(layer.boxes.boxes.cpu().numpy()):
             filled = layer.boxes.scores is not None
@@ -215,7 +273,7 @@ def bev_picture(
     picture.paste(field, (0, header))
     pen = ImageDraw.Draw(picture)
     pen.text((12, header / 2), title, INK, font=font(15), anchor="lm")
-    _draw_legend(pen, (12, header + size_px + footer / 2), layers, size_px - 24)
+    _draw_legend(pen, (12, header + size_px + footer / 2), _legend_of_boxes(layers), size_px - 24)
     return picture
 
 
@@ -223,7 +281,8 @@ def inspect_sample(sample: Sample, out_dir: Path) -> list[Path]:
     """Draws what a sample holds, so that calibration and labels can be judged by eye before any training.
 
     Returns:
-        The pictures written: boxes on the cameras, LiDAR points on the cameras, and the view from above.
+        The pictures written: on the cameras boxes, LiDAR points, and rings on the ground, which need neither;
+        and the view from above, with the cameras' fields of view.
 
     Raises:
         DataError: an image or a point file is absent or damaged.
@@ -242,7 +301,10 @@ def inspect_sample(sample: Sample, out_dir: Path) -> list[Path]:
             f"{sample.scene}   {sample.token[:8]}   {len(points):,} LiDAR points, near warm, far cold"
         )
         pictures["points.jpg"] = camera_mosaic(sample, points=points, title=title_points)
-    pictures["bev.png"] = bev_picture(points, layers, title=title)
+    if sample.cameras:
+        ground = f"{sample.scene}   {sample.token[:8]}   flat ground and horizon as the calibration has them"
+        pictures["ground.jpg"] = camera_mosaic(sample, title=ground, ground=True)
+    pictures["bev.png"] = bev_picture(points, layers, title=title, rig=sample)
     out_dir.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, picture in pictures.items():
@@ -339,33 +401,47 @@ def _camera_tile(
     camera: CameraFrame,
     layers: Sequence[BoxLayer],
     points: NDArray[np.floating] | None,
-    width_px: int,
+    cell_width_px: int,
+    ground: bool,
 ) -> Image.Image:
-    scale = width_px / camera.size_wh_px[0]
-    height_px = round(camera.size_wh_px[1] * scale)
-    image = load_image(camera, scale).image.resize((width_px, height_px), Image.Resampling.BICUBIC)
-    resize = np.diag([width_px / camera.size_wh_px[0], height_px / camera.size_wh_px[1], 1.0, 1.0])
-    lidar2img = resize @ lidar_to_image(sample, camera)
+    source = np.array(camera.size_wh_px)
+    size = np.round(source * min(cell_width_px / source[0], 0.75 * cell_width_px / source[1])).astype(int)
+    image = load_image(camera, float(size[0] / source[0])).image
+    image = image.resize((int(size[0]), int(size[1])), Image.Resampling.BICUBIC)
+    lidar2img = np.diag([*(size / source), 1.0, 1.0]) @ lidar_to_image(sample, camera)
+    if ground:
+        image = draw_ground_on_image(image, sample.lidar2ego, lidar2img)
     if points is not None:
         image = draw_points_on_image(image, points, lidar2img)
     if layers:
         image = draw_boxes_on_image(image, layers, lidar2img)
     pen = ImageDraw.Draw(image, "RGBA")
     label = camera.channel.removeprefix("CAM_").replace("_", " ").lower()
+    label += f"   {source[0]}x{source[1]}" if ground else ""
     pen.rounded_rectangle((6, 6, 18 + pen.textlength(label, font(12)), 26), 4, fill=(*BACKGROUND, 170))
     pen.text((12, 16), label, INK, font=font(12), anchor="lm")
     return image
 
 
-def _draw_legend(
-    pen: ImageDraw.ImageDraw, left_centre: tuple[float, float], layers: Sequence[BoxLayer], width_px: float
-) -> None:
+def _legend_of_boxes(layers: Sequence[BoxLayer]) -> list[tuple[str, Colour]]:
     """Names of the layers, and of the classes that occur in those coloured by class."""
-    entries: list[tuple[str, Colour]] = [(layer.name, layer.colour) for layer in layers if layer.colour]
+    entries = [(layer.name, layer.colour) for layer in layers if layer.colour]
     labels = {int(label) for layer in layers if not layer.colour for label in layer.boxes.labels}
     entries += [(CLASSES[label].replace("_", " "), class_colour(label)) for label in sorted(labels - {-1})]
-    if -1 in labels:
-        entries.append(("other", OTHER_COLOUR))
+    return entries + [("other", OTHER_COLOUR)] * (-1 in labels)
+
+
+def _legend_of_ground() -> list[tuple[str, Colour]]:
+    names = {line.name: line.distance_m for line in ground_lines(np.eye(4)) if line.name.endswith(" m")}
+    return [(f"{name} on the ground", line_colour(name, radius)) for name, radius in names.items()]
+
+
+def _draw_legend(
+    pen: ImageDraw.ImageDraw,
+    left_centre: tuple[float, float],
+    entries: Sequence[tuple[str, Colour]],
+    width_px: float,
+) -> None:
     x, y = left_centre
     for text, colour in entries:
         needed = 16 + pen.textlength(text, font(12)) + 14
@@ -413,6 +489,20 @@ def _draw_ego(pen: ImageDraw.ImageDraw, place: Placement) -> None:
     pen.polygon([tuple(corner) for corner in body], fill=(*INK, 60), outline=(*INK, 200), width=SUPERSAMPLING)
     arrow = place(np.array([[-0.6, 0.0], [0.6, 0.0], [0.0, 1.1]]))
     pen.polygon([tuple(corner) for corner in arrow], fill=(*INK, 220))
+
+
+def _draw_cameras(pen: ImageDraw.ImageDraw, sample: Sample, place: Placement, reach_m: float) -> None:
+    """A wedge for each camera, from where it is to where it looks."""
+    for number, camera in enumerate(sample.cameras):
+        position, edges = field_of_view(sample, camera)
+        colour = CAMERA_COLOURS[number % len(CAMERA_COLOURS)]
+        corners = place(np.stack([position, position + reach_m * edges[0], position + reach_m * edges[1]]))
+        wedge = [tuple(corner) for corner in corners]
+        pen.polygon(wedge, fill=(*colour, 26))
+        pen.line([wedge[1], wedge[0], wedge[2]], fill=(*colour, 220), width=SUPERSAMPLING)
+        middle = place(position + 0.8 * reach_m * edges.mean(axis=0))
+        label = camera.channel.removeprefix("CAM_").replace("_", " ").lower()
+        pen.text(tuple(middle), label, colour, font=font(12 * SUPERSAMPLING), anchor="mm")
 
 
 def _draw_bev_box(
