@@ -1,10 +1,10 @@
 """Times the index of the tables against nuscenes-devkit's loading, on tables of any size without sensor files.
 
     python benchmarks/index.py --scenes 85           # a tenth of trainval
-    python benchmarks/index.py --scenes 850          # trainval: 2 GB of JSON, deleted afterwards; needs 16 GB
+    python benchmarks/index.py --scenes 850          # trainval: 2.6 GB of JSON, deleted afterwards; needs 16 GB
 
-Tables about as in nuScenes: 40 key frames a scene, 3,080 recordings and ego poses, 1,360 annotations.
-Each measurement runs in a process of its own, so that peak memory is its own.
+850 scenes are as many rows as v1.0-trainval has: 34,149 key frames, 2.63 M recordings and ego poses, 1.17 M
+annotations. Each measurement runs in a process of its own, so that peak memory is its own.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from distillbev.data.index import build_index
 from distillbev.data.samples import NuScenes
 
-KEY_FRAMES = 40
 CAMERAS = ("FRONT", "FRONT_RIGHT", "BACK_RIGHT", "BACK", "BACK_LEFT", "FRONT_LEFT")
 RADARS = ("FRONT", "FRONT_LEFT", "FRONT_RIGHT", "BACK_LEFT", "BACK_RIGHT")
 # Recordings between two key frames, the key frame counted in.
@@ -32,8 +32,10 @@ STEPS = (
     | {f"RADAR_{name}": 6 for name in RADARS}
     | {"RADAR_FRONT": 7}
 )
-ANNOTATIONS_PER_FRAME = 34  # each instance is seen in every frame of its scene
-POSE = '"rotation":[0.5720320396,-0.0016977771,0.0117983028,-0.8201446642],"translation":[411.3039063,1180.8903791,0.0]'
+POSE = (
+    '"rotation":[\n0.5720320396729045,\n-0.0016977771610471074,\n0.011798001930183783,\n-0.8201446642457809\n],'
+    '"translation":[\n411.3039349319818,\n1180.8903791765097,\n0.0\n]'
+)
 
 
 def token(*parts: object) -> str:
@@ -44,14 +46,15 @@ def write_tables(root: Path, num_scenes: int) -> None:
     """Writes `v1.0-trainval` below `root`, a table at a time, as streams."""
     folder = root / "v1.0-trainval"
     folder.mkdir(parents=True)
+    (root / "m.png").touch()  # the devkit wants a map to be there
     files = {}
 
     def row(table: str, fields: str) -> None:
+        start = "[\n" if table not in files else ",\n"
         if table not in files:
             files[table] = (folder / f"{table}.json").open("w")
-            files[table].write("[\n{" + fields + "}")
-        else:
-            files[table].write(",\n{" + fields + "}")
+        # Spaced as the tables of nuScenes are.
+        files[table].write(start + "{\n" + fields.replace(',"', ',\n"').replace('":', '": ') + "\n}")
 
     row("category", f'"token":"{token("category")}","name":"vehicle.car","description":""')
     row("attribute", f'"token":"{token("attribute")}","name":"vehicle.moving","description":""')
@@ -65,14 +68,16 @@ def write_tables(root: Path, num_scenes: int) -> None:
         modality = {"L": "lidar", "C": "camera", "R": "radar"}[channel[0]]
         row("sensor", f'"token":"{token(channel)}","channel":"{channel}","modality":"{modality}"')
     for scene in range(num_scenes):
-        samples = [token(scene, key) for key in range(KEY_FRAMES)] + [""]
+        num_keys = 41 if scene * 149 % 850 < 149 else 40  # 34,149 in 850 scenes
+        num_objects = 35 if scene % 7 == 0 else 34  # each is seen in every frame of its scene
+        samples = [token(scene, key) for key in range(num_keys)] + [""]
         row(
             "scene",
             f'"token":"{token("scene", scene)}","name":"scene-{scene:04d}","description":"",'
-            f'"log_token":"{token("log")}","nbr_samples":{KEY_FRAMES},"first_sample_token":"{samples[0]}",'
+            f'"log_token":"{token("log")}","nbr_samples":{num_keys},"first_sample_token":"{samples[0]}",'
             f'"last_sample_token":"{samples[-2]}"',
         )
-        for key in range(KEY_FRAMES):
+        for key in range(num_keys):
             row(
                 "sample",
                 f'"token":"{samples[key]}","timestamp":{10**15 + scene * 10**8 + key * 500_000},'
@@ -85,8 +90,8 @@ def write_tables(root: Path, num_scenes: int) -> None:
                 "calibrated_sensor",
                 f'"token":"{calibration}","sensor_token":"{token(channel)}",{POSE},"camera_intrinsic":{matrix}',
             )
-            tokens = [token(scene, channel, i) for i in range(KEY_FRAMES * steps)] + [""]
-            for i in range(KEY_FRAMES * steps):
+            tokens = [token(scene, channel, i) for i in range(num_keys * steps)] + [""]
+            for i in range(num_keys * steps):
                 time_us = 10**15 + scene * 10**8 + i * 500_000 // steps
                 is_key = i % steps == 0
                 size = '"height":900,"width":1600' if channel[0] == "C" else '"height":0,"width":0'
@@ -99,15 +104,15 @@ def write_tables(root: Path, num_scenes: int) -> None:
                     f'"prev":"{tokens[i - 1]}","next":"{tokens[i + 1]}"',
                 )
                 row("ego_pose", f'"token":"{tokens[i]}","timestamp":{time_us},{POSE}')
-        for number in range(ANNOTATIONS_PER_FRAME):
+        for number in range(num_objects):
             instance = token("instance", scene, number)
-            boxes = [token("box", scene, number, key) for key in range(KEY_FRAMES)] + [""]
+            boxes = [token("box", scene, number, key) for key in range(num_keys)] + [""]
             row(
                 "instance",
-                f'"token":"{instance}","category_token":"{token("category")}","nbr_annotations":{KEY_FRAMES},'
+                f'"token":"{instance}","category_token":"{token("category")}","nbr_annotations":{num_keys},'
                 f'"first_annotation_token":"{boxes[0]}","last_annotation_token":"{boxes[-2]}"',
             )
-            for key in range(KEY_FRAMES):
+            for key in range(num_keys):
                 row(
                     "sample_annotation",
                     f'"token":"{boxes[key]}","sample_token":"{samples[key]}","instance_token":"{instance}",'
@@ -126,47 +131,75 @@ def devkit(root: Path) -> None:
     Devkit("v1.0-trainval", str(root), verbose=False)
 
 
-def open_and_read(root: Path) -> None:
+def by_index(root: Path) -> None:
     NuScenes(root).sample_tokens()
 
 
-def own_memory_mb() -> float:
-    """What this process alone holds, shared pages left out."""
+def by_json(root: Path) -> None:
+    nuscenes = NuScenes(root, use_index=False)
+    nuscenes.sample(nuscenes.sample_tokens()[0], 9)
+
+
+def memory_mb(field: str) -> float:
+    """Of this process: "Private_" what it alone holds, "Pss" with its share of what others hold as well."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1e3
+    return sum(int(line.split()[1]) for line in lines if line.startswith(field)) / 1e3
 
 
-def worker(root: Path, barrier: object, answers: object) -> None:
+def worker(root: Path, number: int, barrier: Any, answers: Any) -> None:
+    """Reads samples all over the dataset, then measures while the other workers still hold theirs."""
+    before = memory_mb("Private_")
     nuscenes = NuScenes(root)
     tokens = nuscenes.sample_tokens()
-    for sample in tokens[os.getpid() % 7 :: max(len(tokens) // 300, 1)]:
+    chosen = tokens[number :: max(len(tokens) // 500, 1)]
+    start = time.perf_counter()
+    for sample in chosen:
         nuscenes.sample(sample, 9)
-    barrier.wait()  # type: ignore[attr-defined]
-    answers.put(own_memory_mb())  # type: ignore[attr-defined]
-    barrier.wait()  # type: ignore[attr-defined]
+    seconds = (time.perf_counter() - start) / len(chosen)
+    barrier.wait()
+    answers.put((memory_mb("Private_") - before, memory_mb("Pss:"), seconds))
+    barrier.wait()
 
 
-def measured(name: str, function: Callable[[Path], object], root: Path) -> None:
-    """Runs in a fresh process; prints its time and peak memory (private and mapped pages together)."""
+def measure_workers(root: Path, num_workers: int = 8) -> None:
+    fork = multiprocessing.get_context("fork")
+    barrier, answers = fork.Barrier(num_workers), fork.SimpleQueue()
+    workers = [fork.Process(target=worker, args=(root, i, barrier, answers)) for i in range(num_workers)]
+    for process in workers:
+        process.start()
+    for process in workers:
+        process.join()
+    own, shared, seconds = zip(*(answers.get() for _ in workers), strict=True)
+    print(
+        f"{num_workers} workers: {max(own):.0f} MB of its own each at most, {sum(shared):.0f} MB (PSS) all "
+        f"together; {1e3 * min(seconds):.1f} ms per sample with 9 sweeps"
+    )
 
-    def run(answers: object) -> None:
+
+def measure(name: str, function: Callable[[Path], object], root: Path) -> None:
+    """Runs in a fresh process; prints its time and peak memory, with that of its own second process."""
+
+    def run(answers: Any) -> None:
         start = time.perf_counter()
         function(root)
         seconds = time.perf_counter() - start
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-        answers.put((seconds, peak))  # type: ignore[attr-defined]
+        used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        cpu = sum(usage.ru_utime + usage.ru_stime for usage in used)
+        answers.put((seconds, cpu, sum(usage.ru_maxrss for usage in used) / 1e6))
 
     fork = multiprocessing.get_context("fork")
     answers = fork.SimpleQueue()
     process = fork.Process(target=run, args=(answers,))
     process.start()
     process.join()
-    seconds, peak_gb = answers.get() if process.exitcode == 0 else (float("nan"), float("nan"))
-    print(f"{name:<34} {seconds:8.2f} s   peak {peak_gb:6.2f} GB", flush=True)
+    seconds, cpu, peak_gb = answers.get() if process.exitcode == 0 else [float("nan")] * 3
+    print(f"{name:<34} {seconds:8.2f} s   CPU {cpu:7.2f} s   peak {peak_gb:6.2f} GB", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--scenes", type=int, default=85)
     parser.add_argument("--no-devkit", action="store_true")
     arguments = parser.parse_args()
@@ -174,19 +207,15 @@ def main() -> None:
         root = Path(folder)
         write_tables(root, arguments.scenes)
         size = sum(path.stat().st_size for path in (root / "v1.0-trainval").iterdir())
-        print(f"{arguments.scenes} scenes, {size / 1e6:.0f} MB of JSON")
-        measured("build the index", lambda root: build_index(root / "v1.0-trainval"), root)
-        measured("open with index, list key frames", open_and_read, root)
-        fork = multiprocessing.get_context("fork")
-        barrier, answers = fork.Barrier(8), fork.SimpleQueue()
-        workers = [fork.Process(target=worker, args=(root, barrier, answers)) for _ in range(8)]
-        for process in workers:
-            process.start()
-        for process in workers:
-            process.join()
-        print(f"8 workers, own memory each: {max(answers.get() for _ in workers):.0f} MB at most")
+        print(f"{arguments.scenes} scenes, {size / 1e6:.0f} MB of JSON, {os.cpu_count()} cores")
+        measure("build the index", lambda root: build_index(root / "v1.0-trainval"), root)
+        place = build_index(root / "v1.0-trainval")
+        print(f"the index: {sum(path.stat().st_size for path in place.iterdir()) / 1e6:.0f} MB")
+        measure("open by index, list key frames", by_index, root)
+        measure_workers(root)
+        measure("open by JSON, one sample", by_json, root)
         if not arguments.no_devkit:
-            measured("nuscenes-devkit, load", devkit, root)
+            measure("nuscenes-devkit, load", devkit, root)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@ import dataclasses
 import json
 import multiprocessing
 import pickle
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -91,13 +94,78 @@ def test_small_tables_are_read_without_an_index_until_one_is_prepared(spoilt_roo
     assert isinstance(NuScenes(spoilt_root)._tables, IndexedTables)
 
 
-def test_changed_tables_are_indexed_again_and_the_old_index_goes(spoilt_root: Path):
+def test_changed_tables_are_indexed_again_and_the_old_index_goes(
+    spoilt_root: Path, caplog: pytest.LogCaptureFixture
+):
     first = build_index(spoilt_root / "v1.0-mini")
+    opened = NuScenes(spoilt_root)
+    before = opened.sample("scene-a-sample-1", num_sweeps=3)
     edit_table(
         spoilt_root, "sample_annotation", lambda rows: rows[0].update(translation=[600.0, 1600.0, 9.0])
     )
     assert_equal_to_json(spoilt_root)
+    assert caplog.messages == [
+        f"{spoilt_root / 'v1.0-mini'}: sample_annotation.json changed since the tables were indexed; "
+        "indexing them again"
+    ]
     assert not first.exists()
+    assert_same(opened.sample("scene-a-sample-1", num_sweeps=3), before)  # who had it open keeps it
+
+
+def test_small_tables_that_changed_are_read_from_json_and_a_line_says_so(
+    spoilt_root: Path, caplog: pytest.LogCaptureFixture
+):
+    build_index(spoilt_root / "v1.0-mini")
+    edit_table(spoilt_root, "ego_pose", lambda rows: rows[0].update(translation=[601.0, 1602.0, 3.0]))
+    nuscenes = NuScenes(spoilt_root)
+    assert not isinstance(nuscenes._tables, IndexedTables)
+    assert nuscenes.sample("scene-a-sample-0").ego2global[:3, 3].tolist() == [601.0, 1602.0, 3.0]
+    [line] = caplog.messages
+    assert "ego_pose.json changed since the tables were indexed, so JSON is read" in line
+
+
+def test_versions_whose_names_begin_alike_keep_their_indices(spoilt_root: Path):
+    shutil.copytree(spoilt_root / "v1.0-mini", spoilt_root / "v1.0-mini-half")
+    other = build_index(spoilt_root / "v1.0-mini-half")
+    building = spoilt_root / index.FOLDER / ".building-v1.0-mini-half-1"
+    building.mkdir()
+    assert other != build_index(spoilt_root / "v1.0-mini")
+    assert other.is_dir()
+    assert building.is_dir()
+
+
+def test_tables_without_annotations_are_indexed(spoilt_root: Path):
+    for name in ("sample_annotation", "instance", "category", "attribute"):
+        (spoilt_root / "v1.0-mini" / f"{name}.json").write_text("[]")
+    assert_equal_to_json(spoilt_root)
+
+
+def test_a_second_process_writes_the_same_columns(spoilt_root: Path, monkeypatch: pytest.MonkeyPatch):
+    def content(place: Path) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in place.iterdir()}
+
+    alone = content(build_index(spoilt_root / "v1.0-mini"))
+    shutil.rmtree(spoilt_root / index.FOLDER)
+    monkeypatch.setattr(index_writer, "SECOND_PROCESS_FROM_BYTES", 0)
+    written_here: list[str] = []
+    write_table = index_writer._write_table
+
+    def write(folder: Path, place: Path, name: str) -> None:
+        written_here.append(name)
+        write_table(folder, place, name)
+
+    monkeypatch.setattr(index_writer, "_write_table", write)
+    assert content(build_index(spoilt_root / "v1.0-mini")) == alone
+    assert "sample_data" not in written_here
+
+
+@pytest.mark.parametrize("program", ["/nowhere/python", "/bin/false"])
+def test_where_no_second_process_works_this_one_does_its_part(
+    spoilt_root: Path, monkeypatch: pytest.MonkeyPatch, program: str
+):
+    monkeypatch.setattr(index_writer, "SECOND_PROCESS_FROM_BYTES", 0)
+    monkeypatch.setattr(index_writer.sys, "executable", program)
+    assert_equal_to_json(spoilt_root)
 
 
 def test_a_half_written_index_is_not_used(spoilt_root: Path):
@@ -105,6 +173,43 @@ def test_a_half_written_index_is_not_used(spoilt_root: Path):
     path = place / "ego_pose.translation.npy"
     path.write_bytes(path.read_bytes()[:-8])
     assert not isinstance(NuScenes(spoilt_root)._tables, IndexedTables)
+
+
+def test_a_damaged_index_is_told_in_one_line(spoilt_root: Path):
+    place = build_index(spoilt_root / "v1.0-mini")
+    path = place / "sample.order.npy"
+    content = path.read_bytes()
+    path.write_bytes(content[:-24] + b"\x7f" * 24)
+    with pytest.raises(DataError, match=r"the index is damaged .* delete this folder"):
+        for token in [f"scene-{scene}-sample-{i}" for scene in "ab" for i in range(3)]:
+            NuScenes(spoilt_root).sample(token)
+    path.write_bytes(b"?" * len(content))
+    with pytest.raises(DataError, match=r"the index is damaged .* delete this folder"):
+        NuScenes(spoilt_root)
+
+
+BUILD_UNTIL_KILLED = """
+import sys, time
+from pathlib import Path
+from distillbev.data import index, index_writer
+index_writer._link_table = lambda place, name: print("half", flush=True) or time.sleep(60)
+index.build_index(Path(sys.argv[1]))
+"""
+
+
+def test_a_build_that_is_killed_leaves_nothing_that_is_used(spoilt_root: Path):
+    folder = spoilt_root / "v1.0-mini"
+    command = [sys.executable, "-c", BUILD_UNTIL_KILLED, str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"half\n"
+        process.kill()
+    [half] = (spoilt_root / index.FOLDER).glob(".building-*")
+    assert (half / "sample_data.token.npy").is_file()
+    assert not isinstance(NuScenes(spoilt_root)._tables, IndexedTables)
+    place = build_index(folder)
+    assert sorted(path.name for path in place.parent.iterdir()) == [place.name, "v1.0-mini.lock"]
+    assert_equal_to_json(spoilt_root)
 
 
 def test_a_build_that_fails_leaves_nothing(spoilt_root: Path, monkeypatch: pytest.MonkeyPatch):
@@ -126,6 +231,16 @@ def test_a_root_that_cannot_be_written_is_indexed_in_the_users_cache(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert build_index(spoilt_root / "v1.0-mini").is_relative_to(tmp_path / "cache")
     assert_equal_to_json(spoilt_root)
+
+
+def test_where_nothing_can_be_written_json_is_read_and_a_line_says_so(
+    spoilt_root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    (spoilt_root / index.FOLDER).write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(spoilt_root / index.FOLDER))
+    assert len(NuScenes(spoilt_root, use_index=True).sample_tokens()) == 6
+    [line] = caplog.messages
+    assert "reading the JSON tables at every start, for there is no index: " in line
 
 
 @pytest.mark.parametrize("field", ["ego_pose_token", "sample_token", "prev"])
