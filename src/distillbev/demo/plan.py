@@ -31,9 +31,9 @@ MEANINGS = {
     Arm.TEACHER: "the LiDAR detector, trained on the labelled frames",
     Arm.ALONE: "camera student, labelled frames only",
     Arm.ALONE_TEACHER_HEAD: "the same, its head started from the teacher's",
-    Arm.DISTILLED: "the same, and imitates the teacher's features and answers there",
-    Arm.TARGETS_UNLABELLED: "teacher's head; teacher's detections as targets on the unlabelled frames",
-    Arm.DISTILLED_UNLABELLED: "the same, and imitates features and answers on all frames",
+    Arm.DISTILLED: "teacher's head, and imitates the teacher's features and answers on the labelled frames",
+    Arm.TARGETS_UNLABELLED: "teacher's head, and the teacher's detections as targets on the unlabelled frames",
+    Arm.DISTILLED_UNLABELLED: "the same targets, and imitates features and answers on all frames",
     Arm.ALONE_ALL_LABELS: "camera student with labels on every frame: what drawing all boxes would give",
 }
 
