@@ -1,6 +1,6 @@
 """A rig of one's own as a dataset: three cameras of three sizes, a LiDAR in training only (docs/rigs.md).
 
-`python examples/own_rig.py data/rig`, then `distillbev inspect data/rig`. Your recordings go where `drive` makes them up.
+`python examples/own_rig.py data/rig`, then `distillbev inspect data/rig`. Your recordings replace `drive`.
 """
 
 import sys
@@ -22,13 +22,6 @@ def camera(channel: str, width: int, height: int, heading_deg: float, x_m: float
     return RigCamera(channel, (width, height), cam2img, pose_matrix(np.array([x_m, 0, 1.4]), turned))
 
 
-LIDAR2EGO = pose_matrix(np.array([0.9, 0, 1.9]), np.eye(3))
-RIG = Rig(
-    (camera("ahead", 640, 360, 0, 1.7, 400), camera("left", 480, 400, 90, 1, 260), camera("rear", 320, 240, 180, 0, 150)),
-    LIDAR2EGO,
-)  # fmt: skip
-
-
 def photo(seen_by: RigCamera, ego2global: np.ndarray) -> np.ndarray:
     """(H, W, 3) uint8: cars on grey ground, painted from far to near."""
     image = Image.new("RGB", seen_by.size_wh_px, (150, 180, 220))
@@ -42,24 +35,23 @@ def photo(seen_by: RigCamera, ego2global: np.ndarray) -> np.ndarray:
     return np.array(image)
 
 
-def drive(with_lidar: bool, start_us: int = 1_700_000_000_000_000):
+def drive(rig: Rig, with_lidar: bool, start_us: int = 1_700_000_000_000_000):
     """Four key frames at 2 Hz and 5 m/s."""
-    on_car = np.random.default_rng(0).uniform(-0.5, 0.5, (len(CARS), 300, 3)) * CARS[:, None, 3:6]
-    points_global = (CARS[:, None, :3] + on_car).reshape(-1, 3)
+    on_cars = np.random.default_rng(0).uniform(-0.5, 0.5, (len(CARS), 300, 3)) * CARS[:, None, 3:6]
     for us in range(start_us, start_us + 2_000_000, 500_000):
         ego2global = pose_matrix(np.array([5e-6 * (us - start_us), 0, 0]), np.eye(3))
-        points = transform_points(invert_rigid(ego2global @ LIDAR2EGO), points_global)
-        images = {eye.channel: Shot(us, ego2global, photo(eye, ego2global)) for eye in RIG.cameras}
-        cars = [
-            LabelledObject(f"car {i}", "car", pose_matrix(car[:3], np.eye(3)), car[3:6]) for i, car in enumerate(CARS)
-        ]  # fmt: skip
-        yield KeyFrame(us, images, Shot(us, ego2global, points) if with_lidar else None, objects=cars)
+        seen = (CARS[:, None, :3] + on_cars).reshape(-1, 3)
+        points = transform_points(invert_rigid(ego2global @ rig.lidar2ego), seen) if with_lidar else None
+        images = {eye.channel: Shot(us, ego2global, photo(eye, ego2global)) for eye in rig.cameras}
+        poses = [pose_matrix(car[:3], np.eye(3)) for car in CARS]
+        cars = [LabelledObject(f"car {i}", "car", pose, (4.5, 1.9, 1.6)) for i, pose in enumerate(poses)]
+        yield KeyFrame(us, images, None if points is None else Shot(us, ego2global, points), objects=cars)
 
 
 if __name__ == "__main__":
-    print(
-        write_dataset(
-            sys.argv[1],
-            [Scene("first", "train", RIG, drive(True)), Scene("second", "val", RIG, drive(False))],
-        )
+    ahead, rear = camera("ahead", 640, 360, 0, 1.7, 400), camera("rear", 320, 240, 180, 0, 150)
+    rig = Rig(
+        (ahead, camera("left", 480, 400, 90, 1, 260), rear), pose_matrix(np.array([0.9, 0, 1.9]), np.eye(3))
     )
+    scenes = [Scene("first", "train", rig, drive(rig, True)), Scene("second", "val", rig, drive(rig, False))]
+    print(write_dataset(sys.argv[1], scenes))
