@@ -6,18 +6,25 @@ Pixel coordinates are continuous: the pixel in column j and row i covers [j, j+1
 
 from __future__ import annotations
 
+import io
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from ..errors import DataError
+from .files import read_whole
 from .schema import CameraFrame
 
 try:
     import simplejpeg
 except Exception:  # an optional part, which may also be installed and broken
     simplejpeg = None
+
+FORMATS = ("JPEG", "PNG")  # Pillow knows dozens more, some of which start programs
+MOST_IMAGE_BYTES = 2**28
+MOST_SCANS = 100  # of a progressive JPEG, which has 10; each costs the time of a whole image, in a few bytes
 
 
 @dataclass(frozen=True)
@@ -43,13 +50,23 @@ def load_image(
         fast: decode with simplejpeg where it is installed; the pixels are the same.
 
     Raises:
-        DataError: the file is absent, truncated, no image, or of another size than the tables say.
+        DataError: the file is absent, truncated, neither JPEG nor PNG, or of another size than the tables say.
     """
+    content = read_image_file(camera.path, "image", ", though the tables name it; copy it again")
     reduction = 1 if exact or scale is None else reduction_for(camera.size_wh_px, scale)
-    image = _decode_fast(camera, reduction) if fast else None
+    image = _decode_fast(content, camera, reduction) if fast else None
     if image is None:
-        image = _decode(camera, reduction)
+        image = _decode(content, camera, reduction)
     return DecodedImage(image, camera.size_wh_px, round(camera.size_wh_px[0] / image.width), exact)
+
+
+def read_image_file(path: Path, what: str, absent: str) -> bytes:
+    """The bytes of a JPEG or PNG that is no bomb, by its look; arguments and errors as of `read_whole`."""
+    content = read_whole(path, what, MOST_IMAGE_BYTES, absent)
+    scans = content.count(b"\xff\xda")
+    if content.startswith(b"\xff\xd8") and scans > MOST_SCANS:
+        raise DataError(f"{path}: a JPEG of {scans} scans, expected at most {MOST_SCANS}; write it again")
+    return content
 
 
 def reduction_for(size_wh_px: tuple[int, int], scale: float) -> int:
@@ -58,13 +75,12 @@ def reduction_for(size_wh_px: tuple[int, int], scale: float) -> int:
     return next((reduction for reduction in (8, 4, 2) if factor >= reduction), 1)
 
 
-def _decode_fast(camera: CameraFrame, reduction: int) -> Image.Image | None:
+def _decode_fast(content: bytes, camera: CameraFrame, reduction: int) -> Image.Image | None:
     """The image, if simplejpeg is there and finds nothing to object to; all else is left to Pillow."""
     width, height = camera.size_wh_px
     if simplejpeg is None or width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
         return None
     try:
-        content = camera.path.read_bytes()
         found_height, found_width, colours, _ = simplejpeg.decode_jpeg_header(content)
         if (found_width, found_height) != camera.size_wh_px or colours not in ("YCbCr", "Gray"):
             return None
@@ -74,26 +90,23 @@ def _decode_fast(camera: CameraFrame, reduction: int) -> Image.Image | None:
             min_height=-(-height // reduction),
             min_factor=reduction,
         )
-    except (OSError, ValueError):
+    except ValueError:
         return None
     return Image.fromarray(pixels)
 
 
-def _decode(camera: CameraFrame, reduction: int) -> Image.Image:
+def _decode(content: bytes, camera: CameraFrame, reduction: int) -> Image.Image:
     width, height = camera.size_wh_px
     try:
-        image = Image.open(camera.path)
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
         size_wh_px = image.size
         if size_wh_px == camera.size_wh_px:
             image.draft("RGB", (max(width // reduction, 1), max(height // reduction, 1)))
             image = image.convert("RGB")
-    except FileNotFoundError:
-        raise DataError(f"{camera.path}: no such image, though the tables name it; copy it again") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        # Pillow raises SyntaxError for some broken headers.
-        size = camera.path.stat().st_size
+    except Exception as error:  # Pillow's decoders raise many types, and any of them means the same here
+        reason = "neither JPEG nor PNG" if isinstance(error, UnidentifiedImageError) else error
         raise DataError(
-            f"{camera.path} ({size} bytes): unreadable image: {error}; copy the file again"
+            f"{camera.path} ({len(content)} bytes): unreadable image: {reason}; copy the file again"
         ) from None
     if size_wh_px != camera.size_wh_px:
         raise DataError(

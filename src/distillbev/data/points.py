@@ -7,9 +7,13 @@ from numpy.typing import NDArray
 
 from ..errors import DataError
 from ..geometry import invert_rigid
+from .files import read_whole
 from .schema import LidarSweep, Sample
 
 POINT_BYTES = 20  # five float32: x, y, z, intensity, ring
+MOST_SWEEP_BYTES = 2**28
+# No LiDAR sees 10 km; what is beyond comes of a damaged file, and would overflow on its way.
+LARGEST_VALUES = np.array([1e4, 1e4, 1e4, 1e6, 1e6], dtype=np.float32)
 
 
 def load_points(sample: Sample, remove_ego_radius_m: float = 1.0) -> NDArray[np.float32]:
@@ -23,7 +27,7 @@ def load_points(sample: Sample, remove_ego_radius_m: float = 1.0) -> NDArray[np.
         (P, 5) float32: x, y, z (m), intensity (0-255), time (s; 0 in the key sweep, negative earlier).
 
     Raises:
-        DataError: a file is absent, is no whole number of points, or holds a value that is not finite.
+        DataError: a file is absent, is no whole number of points, or holds a value that no LiDAR gives.
     """
     if not sample.sweeps:
         return np.zeros((0, 5), dtype=np.float32)
@@ -44,16 +48,8 @@ def load_points(sample: Sample, remove_ego_radius_m: float = 1.0) -> NDArray[np.
 
 def read_sweep(sweep: LidarSweep) -> NDArray[np.float32]:
     """(P, 5) float32 as on disk: x, y, z (m, the sweep's own LiDAR frame), intensity, ring."""
-    try:
-        content = sweep.path.read_bytes()
-    except FileNotFoundError:
-        raise DataError(
-            f"{sweep.path}: no such LiDAR file, though the tables name it; copy it again"
-        ) from None
-    except OSError as error:
-        raise DataError(
-            f"{sweep.path}: cannot be read: {error.strerror}; mend the file or its permissions"
-        ) from None
+    absent = ", though the tables name it; copy it again"
+    content = read_whole(sweep.path, "LiDAR file", MOST_SWEEP_BYTES, absent)
     if not content or len(content) % POINT_BYTES:
         raise DataError(
             f"{sweep.path}: {len(content)} bytes, expected a multiple of {POINT_BYTES} above 0 "
@@ -62,11 +58,12 @@ def read_sweep(sweep: LidarSweep) -> NDArray[np.float32]:
     points = (
         np.frombuffer(content, dtype="<f4").reshape(-1, 5).astype(np.float32)
     )  # a copy that may be written
-    if not np.isfinite(points).all():
-        row = int(np.flatnonzero(~np.isfinite(points).all(axis=1))[0])
+    right = np.abs(points) <= LARGEST_VALUES  # NaN is not
+    if not right.all():
+        row = int(np.flatnonzero(~right.all(axis=1))[0])
         raise DataError(
             f"{sweep.path} ({len(content)} bytes): point {row} of {len(points)} is {points[row].tolist()}; "
-            "expected finite numbers, copy the file again"
+            f"expected finite numbers of at most {LARGEST_VALUES.tolist()}, copy the file again"
         )
     return points
 

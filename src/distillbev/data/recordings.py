@@ -24,6 +24,7 @@ from PIL import Image
 from ..classes import CATEGORY_TO_CLASS, CLASSES
 from ..errors import DataError
 from ..geometry import invert_rigid, pose_matrix, rotation_to_quaternion, transform_points
+from .images import FORMATS
 from .points import count_points_in_boxes
 from .samples import LIDAR_CHANNEL, NOMINAL_LIDAR2EGO
 from .table_writer import (
@@ -155,9 +156,18 @@ def write_dataset(root: Path | str, scenes: Iterable[Scene], version: str = "v1.
         raise DataError(f"{root} is in use; choose a new or empty folder")
     partial = root.with_name(f".{root.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    (partial / "maps").mkdir(parents=True)
-    Image.new("L", (1, 1)).save(partial / "maps" / "none.png")  # the devkit opens a map for every log
+    try:
+        _write_all(partial, scenes, version)
+        partial.replace(root)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return root
 
+
+def _write_all(root: Path, scenes: Iterable[Scene], version: str) -> None:
+    (root / "maps").mkdir(parents=True)
+    Image.new("L", (1, 1)).save(root / "maps" / "none.png")  # the devkit opens a map for every log
     splits: dict[str, list[str]] = {}
     cameras: dict[str, Literal["camera"]] = {}  # in the order of first mention
     rows = []
@@ -167,9 +177,9 @@ def write_dataset(root: Path | str, scenes: Iterable[Scene], version: str = "v1.
             raise DataError(f"scene {scene.name!r} comes twice; give each its own name")
         splits.setdefault(scene.split, []).append(scene.name)
         cameras |= {camera.channel: "camera" for camera in scene.rig.cameras}
-        rows.append(_SceneWriter(partial, scene).rows())
+        rows.append(_SceneWriter(root, scene).rows())
     if not rows:
-        raise DataError(f"{root}: no scene to write, expected at least one")
+        raise DataError("no scene to write, expected at least one")
     constant = constant_tables({**cameras, LIDAR_CHANNEL: "lidar"})
     constant["log"] = [
         {"token": "log", "logfile": "rig", "vehicle": "rig", "date_captured": "", "location": "unknown"}
@@ -177,10 +187,8 @@ def write_dataset(root: Path | str, scenes: Iterable[Scene], version: str = "v1.
     constant["map"] = [
         {"token": "map", "log_tokens": ["log"], "category": "semantic_prior", "filename": "maps/none.png"}
     ]
-    write_tables(partial / version, constant, rows)
-    (partial / "splits.json").write_text(json.dumps(splits, indent=1))
-    partial.replace(root)
-    return root
+    write_tables(root / version, constant, rows)
+    (root / "splits.json").write_text(json.dumps(splits, indent=1))
 
 
 class _SceneWriter:
@@ -400,7 +408,7 @@ def _write_image(where: str, content: Path | NDArray, camera: RigCamera, root: P
     expected = f"{camera.size_wh_px[0]}x{camera.size_wh_px[1]} as the rig says"
     if isinstance(content, Path):
         try:
-            with Image.open(content) as image:
+            with Image.open(content, formats=FORMATS) as image:
                 size = image.size
         except OSError as error:
             raise DataError(
