@@ -300,6 +300,7 @@ def eval_boxes_from_columns(
             axis=1
         ),
         "orientation is not a quaternion": ~(np.square(columns["quat_wxyz"]).sum(axis=1) > 1e-12),
+        "velocity is infinite": np.isinf(columns["velocity_m_s"]).any(axis=1),
         "score is not a number": np.isnan(columns["scores"]),
     }
     for reason, bad in wrong.items():
