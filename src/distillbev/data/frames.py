@@ -137,11 +137,12 @@ class FrameDataset(Dataset[Batch]):
         global2lidar = invert_rigid(sample.lidar2global)
         images = None
         if self.config.load_images:
-            network_images = [
-                self._network_image(sample.token, camera, image_aug)
-                for camera, image_aug in zip(cameras, image_augs, strict=True)
-            ]
-            images = torch.from_numpy(np.stack(network_images)).permute(0, 3, 1, 2).contiguous()[None]
+            width, height = self.config.image_size_px
+            pixels = np.empty((1, len(cameras), 3, height, width), dtype=np.uint8)
+            for number, (camera, image_aug) in enumerate(zip(cameras, image_augs, strict=True)):
+                network_image = self._network_image(sample.token, camera, image_aug)  # (H, W, 3)
+                pixels[0, number] = network_image.transpose(2, 0, 1)
+            images = torch.from_numpy(pixels)
         cam2lidar = [bev_aug @ global2lidar @ camera.ego2global @ camera.cam2ego for camera in cameras]
         cam2img = [
             image_aug.matrix @ camera.cam2img for camera, image_aug in zip(cameras, image_augs, strict=True)
