@@ -56,18 +56,20 @@ def _faults(path: Path, tokens: Sequence[str]) -> Iterator[Fault]:
     except (ValueError, RecursionError) as error:
         yield "error", "the file is not JSON", str(error)
         return
-    yield from (("error", "a key occurs twice, of which only the last would count", name) for name in twice)
+    for name in twice:
+        yield "error", "a key occurs twice, of which only the last would count", name
     if not (isinstance(content, dict) and isinstance(content.get("results"), dict)):
         yield "error", "expected {'meta': {...}, 'results': {sample token: [box, ...]}}", str(path)
         return
     yield from _faults_of_meta(content.get("meta"))
     results: dict[str, Any] = content["results"]
     known = set(tokens)
-    yield from (
-        ("error", "a sample of the split is missing", token) for token in tokens if token not in results
-    )
-    yield from (("error", "a sample is not in the split", token) for token in results if token not in known)
+    for token in tokens:
+        if token not in results:
+            yield "error", "a sample of the split is missing", token
     for token, boxes in results.items():
+        if token not in known:
+            yield "error", "a sample is not in the split", token
         if not isinstance(boxes, list):
             yield "error", "the entry of a sample is no list of boxes", token
             continue

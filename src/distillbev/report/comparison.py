@@ -148,7 +148,7 @@ def frame_pictures(comparison: Comparison, sample: Sample, extent_m: float) -> l
     truth = BoxLayer(_of_sample(comparison.first.paired.truth, sample, scored=False), "ground truth", FOUND)
     # Equally opaque: the operating scores have chosen already.
     flat = [replace(layer, boxes=replace(layer.boxes, scores=None)) for layer in shown]
-    pictures = [camera_mosaic(sample, [truth, *flat], tile_width_px=MOSAIC_TILE_PX, title=" ")]
+    pictures = [camera_mosaic(sample, [truth, *flat], tile_width_px=MOSAIC_TILE_PX)]
     points = load_points(sample) if sample.sweeps else None
     for side, layer in zip(_sides(comparison), shown, strict=True):
         found = np.isin(np.arange(len(side.paired.truth)), found_boxes(side.paired, side.operating_score))
