@@ -24,7 +24,7 @@ from .tables import Tables
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # of the files; a change makes every index stale
+FORMAT = 2  # of the files; a change makes every index stale
 FOLDER = "table_index"
 # Tables that together are smaller are read from JSON in under a second, which is not worth a folder in somebody's
 # dataset; v1.0-mini has 50 MB, v1.0-trainval 2 GB. `distillbev prepare` indexes whatever it is given.

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,7 +80,7 @@ class IndexTable(RowsByToken[RowT]):
 
     def coded(self, column: str, number: int) -> str:
         """Of a column that repeats few texts: its vocabulary lies beside the codes."""
-        code = self[column][number]
+        code = int(self[column][number])
         return "" if code < 0 else self[f"{column}.texts"][code].decode()
 
     def link(self, column: str, number: int) -> str:
@@ -89,8 +89,8 @@ class IndexTable(RowsByToken[RowT]):
         return "" if target < 0 else self.text("token", target)
 
 
-class RowsOfSample(Mapping[str, list[str]], Generic[RowT]):
-    """Sample token -> tokens of the rows that belong to it."""
+class RowsOfSample(Mapping[str, list[RowT]]):
+    """Sample token -> the rows that belong to it."""
 
     def __init__(self, samples: IndexTable[SampleRow], rows: IndexTable[RowT]) -> None:
         self._samples = samples
@@ -103,8 +103,8 @@ class RowsOfSample(Mapping[str, list[str]], Generic[RowT]):
         starts = self._rows["group_starts"]
         return self._rows["grouped"][starts[number] : starts[number + 1]]
 
-    def __getitem__(self, token: str) -> list[str]:
-        return [text.decode() for text in self._rows["token"][self.numbers(token)].tolist()]
+    def __getitem__(self, token: str) -> list[RowT]:
+        return [self._rows.row(number) for number in self.numbers(token).tolist()]
 
     def __iter__(self) -> Iterator[str]:
         return (row.token for row in self._samples)
@@ -212,6 +212,10 @@ class IndexedTables(Tables):
             (self._category_name(code), count)
             for code, count in zip(codes.tolist(), points.tolist(), strict=True)
         ]
+
+    def velocities_of_sample(self, token: str) -> list[tuple[float, float]]:
+        rows = self.annotations_of_sample.numbers(token)
+        return [(vx, vy) for vx, vy in self.sample_annotation["velocity"][rows].tolist()]
 
     def _category_name(self, code: int) -> str:
         if code not in self._category_names:

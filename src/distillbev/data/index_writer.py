@@ -23,7 +23,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DataError
-from .tables import AnnotationRow, EgoPoseRow, InstanceRow, Row, SampleDataRow, SampleRow, read_rows
+from .tables import (
+    MAX_VELOCITY_GAP_S,
+    AnnotationRow,
+    EgoPoseRow,
+    InstanceRow,
+    Row,
+    SampleDataRow,
+    SampleRow,
+    read_rows,
+)
 from .token_keys import TokenOrder
 
 # The biggest table goes to a second process, unless the start of one (0.2 s) would be longer than the work.
@@ -119,6 +128,36 @@ def _link_table(place: Path, name: str) -> None:
             chosen = column(name, "is_key_frame") if name == "sample_data" else None
             columns |= _grouped(rows, len(tokens.tokens), chosen)
         _save(place, name, columns)
+    if name == "sample_annotation":
+        parts = ("sample", "instance", "prev", "next", "translation")
+        times = column("sample", "timestamp")
+        velocities = _velocities(times, *(column(name, part) for part in parts))
+        _save(place, name, {"velocity": velocities})
+
+
+def _velocities(
+    timestamps_us: NDArray[np.int64],
+    sample: NDArray[np.int32],
+    instance: NDArray[np.int32],
+    prev: NDArray[np.int32],
+    next: NDArray[np.int32],
+    translation: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """`Tables.velocities_of_sample` of all annotations at once, (n, 2); its readable twin is there."""
+    itself = np.arange(len(sample), dtype=np.int32)
+    first, last = np.where(prev < 0, itself, prev), np.where(next < 0, itself, next)
+    times = timestamps_us[sample]
+    seconds = 1e-6 * (times[last] - times[first])
+    wrong = ((first != itself) & (times[first] >= times)) | ((last != itself) & (times[last] <= times))
+    wrong |= (instance[first] != instance) | (instance[last] != instance)
+    if wrong.any():
+        raise NotIndexableError(
+            f"prev or next of {int(wrong.sum())} annotations leads to a wrong time or instance"
+        )
+    longest = np.where((first != itself) & (last != itself), 2 * MAX_VELOCITY_GAP_S, MAX_VELOCITY_GAP_S)
+    defined = (seconds > 0) & (seconds <= longest)
+    way_m = translation[last, :2] - translation[first, :2]
+    return np.where(defined[:, None], way_m / np.where(defined, seconds, 1)[:, None], np.nan)
 
 
 def _save(place: Path, table: str, columns: Columns) -> None:

@@ -48,10 +48,6 @@ NOMINAL_LIDAR2EGO = np.array(
     [[0, 1, 0, 0.94], [-1, 0, 0, 0], [0, 0, 1, 1.84], [0, 0, 0, 1]], dtype=np.float64
 )
 
-# Longest time between two annotations of an instance that still gives a velocity; twice that where the
-# difference spans both neighbours. Source: nuScenes devkit, NuScenes.box_velocity.
-MAX_VELOCITY_GAP_S = 1.5
-
 # Beyond these no recording makes sense, and arithmetic on it none either.
 FARTHEST_M = 1e8  # of any place; map grids run to 1e7
 LARGEST_BOX_M = 1000.0
@@ -147,7 +143,7 @@ class NuScenes:
         cameras: list[CameraFrame] = []
         lidars: dict[str, SampleDataRow] = {}
         seen: dict[str, SampleDataRow] = {}
-        for data in self._key_data(token):
+        for data in self._tables.key_data_of_sample[token]:
             calibration, sensor = self._sensor_of(data)
             if seen.setdefault(sensor.channel, data) is not data:
                 raise DataError(
@@ -215,15 +211,8 @@ class NuScenes:
             box2global: (n, 4, 4), origin at the gravity centre, x along the length.
             size_lwh_m: (n, 3), in the order of `Sample.annotations`.
         """
-        rows = self._annotation_rows(token)
-        for row in rows:
-            _check_box(row)
-        box2global = np.tile(np.eye(4), (len(rows), 1, 1))
-        if rows:
-            box2global[:, :3, :3] = quaternion_to_rotation(np.array([row.rotation for row in rows]))
-            box2global[:, :3, 3] = [row.translation for row in rows]
-        sizes_wlh = np.array([row.size for row in rows], dtype=np.float64).reshape(-1, 3)
-        return box2global, sizes_wlh[:, [1, 0, 2]]
+        self._sample_row(token)
+        return _box_poses(self._tables.annotations_of_sample[token])
 
     def _read_splits(self, path: Path) -> dict[str, list[str]]:
         content = read_whole(path, "list of splits", MOST_SPLITS_BYTES, "; copy it again")
@@ -251,12 +240,6 @@ class NuScenes:
                 "give a token of this table"
             )
         return row
-
-    def _key_data(self, sample_token: str) -> list[SampleDataRow]:
-        rows = (
-            self._tables.sample_data.get(token) for token in self._tables.key_data_of_sample[sample_token]
-        )
-        return [row for row in rows if row is not None]
 
     def _sensor_of(self, data: SampleDataRow) -> tuple[CalibratedSensorRow, SensorRow]:
         calibration = self._tables.calibrated_sensor.follow(
@@ -363,27 +346,19 @@ class NuScenes:
             )
         return self.root / row.filename
 
-    def _annotation_rows(self, sample_token: str) -> list[AnnotationRow]:
-        self._sample_row(sample_token)
-        rows = (
-            self._tables.sample_annotation.get(token)
-            for token in self._tables.annotations_of_sample[sample_token]
-        )
-        return [row for row in rows if row is not None]
-
     def _annotations(self, token: str, lidar2global: NDArray[np.float64]) -> Annotations:
-        rows = self._annotation_rows(token)
-        box2global, size_lwh_m = self.annotation_poses(token)
+        rows = self._tables.annotations_of_sample[token]
+        box2global, size_lwh_m = _box_poses(rows)
         global2lidar = invert_rigid(lidar2global)
         box2lidar = global2lidar @ box2global
-        velocity = np.array([self._velocity_global(row) for row in rows]).reshape(-1, 2)
+        velocity = np.array(self._tables.velocities_of_sample(token)).reshape(-1, 2)
 
         boxes = np.empty((len(rows), 9))
         boxes[:, :3] = box2lidar[:, :3, 3]
         boxes[:, 3:6] = size_lwh_m
         boxes[:, 6] = yaw_of_rotation(box2lidar[:, :3, :3])
         boxes[:, 7:9] = velocity @ global2lidar[:2, :2].T  # motion along z is dropped
-        categories = tuple(self._category_of(row) for row in rows)
+        categories = tuple(category for category, _ in self._tables.categories_of_sample(token))
         return Annotations(
             boxes=boxes,
             labels=np.array([_label_of(category) for category in categories], dtype=np.int64),
@@ -395,51 +370,11 @@ class NuScenes:
             visibility=np.array([_visibility_of(row) for row in rows], dtype=np.int64),
         )
 
-    def _category_of(self, row: AnnotationRow) -> str:
-        instance = self._tables.instance.follow(
-            row.instance_token, "sample_annotation", row, "instance_token"
-        )
-        return self._tables.category.follow(
-            instance.category_token, "instance", instance, "category_token"
-        ).name
-
     def _attribute_of(self, row: AnnotationRow) -> str:
         if not row.attribute_tokens:
             return ""
         token = row.attribute_tokens[0]
         return self._tables.attribute.follow(token, "sample_annotation", row, "attribute_tokens").name
-
-    def _velocity_global(self, row: AnnotationRow) -> tuple[float, float]:
-        """vx, vy (m/s, global frame) by the difference of the neighbouring annotations of the instance."""
-        if not row.prev and not row.next:
-            return math.nan, math.nan
-        annotations = self._tables.sample_annotation
-        first = annotations.follow(row.prev, "sample_annotation", row, "prev") if row.prev else row
-        last = annotations.follow(row.next, "sample_annotation", row, "next") if row.next else row
-        times = [self._time_us(annotation) for annotation in (first, row, last)]
-        for neighbour, field, right in (
-            (first, "prev", first is row or times[0] < times[1]),
-            (last, "next", last is row or times[1] < times[2]),
-        ):
-            if neighbour.instance_token != row.instance_token or not right:
-                raise DataError(
-                    f"sample_annotation.json, token {row.token!r}: {field} is {neighbour.token!r} of instance "
-                    f"{neighbour.instance_token!r}; expected one of {row.instance_token!r} "
-                    f"{'before' if field == 'prev' else 'after'} it in time"
-                )
-        seconds = 1e-6 * (times[2] - times[0])
-        longest = MAX_VELOCITY_GAP_S * (2 if row.prev and row.next else 1)
-        if seconds > longest:
-            return math.nan, math.nan
-        return (
-            (last.translation[0] - first.translation[0]) / seconds,
-            (last.translation[1] - first.translation[1]) / seconds,
-        )
-
-    def _time_us(self, row: AnnotationRow) -> int:
-        return self._tables.sample.follow(
-            row.sample_token, "sample_annotation", row, "sample_token"
-        ).timestamp
 
 
 @cache
@@ -483,6 +418,18 @@ def _pose(table: str, row: EgoPoseRow | CalibratedSensorRow) -> NDArray[np.float
         )
     quaternion = np.array(row.rotation) / math.hypot(*row.rotation)
     return pose_matrix(np.array(row.translation), quaternion_to_rotation(quaternion))
+
+
+def _box_poses(rows: list[AnnotationRow]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """`NuScenes.annotation_poses` of some rows."""
+    for row in rows:
+        _check_box(row)
+    box2global = np.tile(np.eye(4), (len(rows), 1, 1))
+    if rows:
+        box2global[:, :3, :3] = quaternion_to_rotation(np.array([row.rotation for row in rows]))
+        box2global[:, :3, 3] = [row.translation for row in rows]
+    sizes_wlh = np.array([row.size for row in rows], dtype=np.float64).reshape(-1, 3)
+    return box2global, sizes_wlh[:, [1, 0, 2]]
 
 
 def _check_box(row: AnnotationRow) -> None:

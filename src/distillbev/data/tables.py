@@ -7,6 +7,7 @@ up by token; `samples.py` makes frames of them. Nothing outside the data layer s
 from __future__ import annotations
 
 import json
+import math
 import re
 import reprlib
 from abc import ABC, abstractmethod
@@ -26,6 +27,10 @@ Text = Annotated[str, msgspec.Meta(max_length=LONGEST_NAME)]
 # Whole numbers that differences and float64 hold exactly, and what an image can have at most.
 Count = Annotated[int, msgspec.Meta(ge=-(2**53), le=2**53)]
 Pixels = Annotated[int, msgspec.Meta(ge=0, le=65_535)]
+
+# Longest time between two annotations of an instance that still gives a velocity; twice that where the
+# difference spans both neighbours. Source: nuScenes devkit, NuScenes.box_velocity.
+MAX_VELOCITY_GAP_S = 1.5
 
 MOST_TABLE_BYTES = 16 * 2**30  # ten times the largest table of nuScenes
 LONGEST_ROW = 16_384  # characters; those of nuScenes have some 500
@@ -233,38 +238,69 @@ class Tables:
         }
 
     @cached_property
-    def key_data_of_sample(self) -> Mapping[str, list[str]]:
-        """Sample token -> tokens of the sensor recordings that belong to the key frame itself."""
-        found: dict[str, list[str]] = {sample.token: [] for sample in self.sample}
+    def key_data_of_sample(self) -> Mapping[str, list[SampleDataRow]]:
+        """Sample token -> the sensor recordings that belong to the key frame itself."""
+        found: dict[str, list[SampleDataRow]] = {sample.token: [] for sample in self.sample}
         for row in self.sample_data:
             if row.is_key_frame:
                 self.sample.follow(row.sample_token, "sample_data", row, "sample_token")
-                found[row.sample_token].append(row.token)
+                found[row.sample_token].append(row)
         return found
 
     @cached_property
-    def annotations_of_sample(self) -> Mapping[str, list[str]]:
-        """Sample token -> its annotation tokens."""
-        found: dict[str, list[str]] = {sample.token: [] for sample in self.sample}
+    def annotations_of_sample(self) -> Mapping[str, list[AnnotationRow]]:
+        """Sample token -> its annotations."""
+        found: dict[str, list[AnnotationRow]] = {sample.token: [] for sample in self.sample}
         for row in self.sample_annotation:
             self.sample.follow(row.sample_token, "sample_annotation", row, "sample_token")
-            found[row.sample_token].append(row.token)
+            found[row.sample_token].append(row)
         return found
 
     def categories_of_sample(self, token: str) -> list[tuple[str, int]]:
         """Category and number of sensor returns (LiDAR and radar) of each annotation of a sample."""
         found = []
-        for annotation in self.annotations_of_sample[token]:
-            row = self.sample_annotation.get(annotation)
-            if row is not None:
-                instance = self.instance.follow(
-                    row.instance_token, "sample_annotation", row, "instance_token"
-                )
-                category = self.category.follow(
-                    instance.category_token, "instance", instance, "category_token"
-                )
-                found.append((category.name, row.num_lidar_pts + row.num_radar_pts))
+        for row in self.annotations_of_sample[token]:
+            instance = self.instance.follow(row.instance_token, "sample_annotation", row, "instance_token")
+            category = self.category.follow(instance.category_token, "instance", instance, "category_token")
+            found.append((category.name, row.num_lidar_pts + row.num_radar_pts))
         return found
+
+    def velocities_of_sample(self, token: str) -> list[tuple[float, float]]:
+        """vx, vy (m/s, global frame) of each annotation of a sample, from its instance's neighbouring ones.
+
+        NaN where there are none, or none near enough in time. Source: nuScenes devkit, NuScenes.box_velocity.
+        """
+        return [self._velocity(row) for row in self.annotations_of_sample[token]]
+
+    def _velocity(self, row: AnnotationRow) -> tuple[float, float]:
+        if not row.prev and not row.next:
+            return math.nan, math.nan
+        annotations = self.sample_annotation
+        first = annotations.follow(row.prev, "sample_annotation", row, "prev") if row.prev else row
+        last = annotations.follow(row.next, "sample_annotation", row, "next") if row.next else row
+        times = [
+            self.sample.follow(
+                neighbour.sample_token, "sample_annotation", neighbour, "sample_token"
+            ).timestamp
+            for neighbour in (first, row, last)
+        ]
+        for neighbour, field, right in (
+            (first, "prev", first is row or times[0] < times[1]),
+            (last, "next", last is row or times[1] < times[2]),
+        ):
+            if neighbour.instance_token != row.instance_token or not right:
+                raise DataError(
+                    f"sample_annotation.json, token {row.token!r}: {field} is {neighbour.token!r} of instance "
+                    f"{neighbour.instance_token!r}; expected one of {row.instance_token!r} "
+                    f"{'before' if field == 'prev' else 'after'} it in time"
+                )
+        seconds = 1e-6 * (times[2] - times[0])
+        if seconds > MAX_VELOCITY_GAP_S * (2 if row.prev and row.next else 1):
+            return math.nan, math.nan
+        return (
+            (last.translation[0] - first.translation[0]) / seconds,
+            (last.translation[1] - first.translation[1]) / seconds,
+        )
 
 
 def find_version_folder(root: Path, version: str | None) -> Path:

@@ -34,7 +34,7 @@ class TokenOrder:
         """The row of one token; None where there is none."""
         text = token.encode("utf-8", "surrogatepass")
         key = key_of(text)
-        place = int(np.searchsorted(self.sorted_keys, key))
+        place = int(self.sorted_keys.searchsorted(key))
         if place == len(self.sorted_keys) or self.sorted_keys[place] != key:
             return None
         row = int(self.order[place])
