@@ -150,6 +150,24 @@ def test_the_plain_setting_fits_the_width_and_keeps_the_bottom():
     assert (published.scale, published.left, published.top) == (pytest.approx(0.48), 32, 432 - 256)
 
 
+@pytest.mark.parametrize("source_wh", [(480, 640), (640, 480), (1600, 900), (1600, 200)])
+def test_a_whole_image_fits_whatever_its_shape_and_is_centred(source_wh: tuple[int, int]):
+    target_wh = (256, 96)
+    plain = plain_image_augmentation(source_wh, target_wh, fit="whole")
+    left, top = plain.matrix[:2, 2]
+    right, bottom = (plain.matrix @ [*source_wh, 1, 1])[:2]
+    assert left >= 0 and top >= 0 and right <= target_wh[0] and bottom <= target_wh[1]
+    assert right - left > target_wh[0] - 1.5 or bottom - top > target_wh[1] - 1.5  # it touches two edges
+    assert abs(left - (target_wh[0] - right)) <= 1.5
+
+
+def test_a_whole_image_is_moved_within_the_black_around_it():
+    rng = np.random.default_rng(0)
+    config = ImageAugConfig(resize_range=(0, 0), rotation_deg=(0, 0), flip_probability=0)
+    lefts = [config.draw(rng, (480, 640), (256, 96), "whole").matrix[0, 2] for _ in range(50)]
+    assert 0 <= min(lefts) < 40 and 130 < max(lefts) <= 256 - 72
+
+
 def test_what_the_image_does_not_cover_is_black():
     source = DecodedImage(Image.new("RGB", (100, 40), (200, 200, 200)), (100, 40), 1, exact=False)
     image = plain_image_augmentation((100, 40), (50, 30)).apply(source)

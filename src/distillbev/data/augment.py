@@ -7,6 +7,7 @@ Pixel coordinates are continuous (data/images.py). What was drawn stands in a sm
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +18,13 @@ from ..errors import ConfigError
 from ..geometry import rotation_about_z, transform_points, wrap_angle
 from .images import DecodedImage
 
+ImageFit = Literal["width", "whole"]
+
 
 class ImageAugConfig(Config, frozen=True):
     """What each camera draws for itself in training; the defaults are those of the published students.
 
-    Source: BEVDet (arXiv:2112.11790), section 3.2. The scale is network width / source width +
+    Source: BEVDet (arXiv:2112.11790), section 3.2. The scale is network width / source width (`fitting_scale`) +
     U(resize_range); the crop has a free left edge and keeps the bottom of the image, less a share
     U(crop_bottom_range) of its height; the rotation is counter-clockwise.
     """
@@ -37,14 +40,19 @@ class ImageAugConfig(Config, frozen=True):
         _check_probability("flip_probability", self.flip_probability)
 
     def draw(
-        self, rng: np.random.Generator, source_wh_px: tuple[int, int], target_wh_px: tuple[int, int]
+        self,
+        rng: np.random.Generator,
+        source_wh_px: tuple[int, int],
+        target_wh_px: tuple[int, int],
+        fit: ImageFit = "width",
     ) -> ImageAugmentation:
-        scale = target_wh_px[0] / source_wh_px[0] + rng.uniform(*self.resize_range)
+        scale = fitting_scale(source_wh_px, target_wh_px, fit) + rng.uniform(*self.resize_range)
         _check_scale(scale, source_wh_px, target_wh_px)
         resized_w, resized_h = int(source_wh_px[0] * scale), int(source_wh_px[1] * scale)
+        slack = resized_w - target_wh_px[0]
         return ImageAugmentation(
             scale=scale,
-            left=int(rng.uniform(0, max(0, resized_w - target_wh_px[0]))),
+            left=int(rng.uniform(min(0, slack) if fit == "whole" else 0, max(0, slack))),
             top=int((1 - rng.uniform(*self.crop_bottom_range)) * resized_h) - target_wh_px[1],
             size_wh_px=target_wh_px,
             flip=bool(rng.random() < self.flip_probability),
@@ -121,19 +129,29 @@ class ImageAugmentation:
         return canvas
 
 
+def fitting_scale(source_wh_px: tuple[int, int], target_wh_px: tuple[int, int], fit: ImageFit) -> float:
+    """Network pixels per source pixel: the width fits, or the whole image does and the rest is black."""
+    width, height = target_wh_px[0] / source_wh_px[0], target_wh_px[1] / source_wh_px[1]
+    return width if fit == "width" else min(width, height)
+
+
 def plain_image_augmentation(
-    source_wh_px: tuple[int, int], target_wh_px: tuple[int, int], resize_offset: float = 0.0
+    source_wh_px: tuple[int, int],
+    target_wh_px: tuple[int, int],
+    resize_offset: float = 0.0,
+    fit: ImageFit = "width",
 ) -> ImageAugmentation:
-    """The setting for tests: fit the width (plus an offset of the scale), centre it, keep the bottom.
+    """The setting for tests: fit the image (plus an offset of the scale), centre it, keep the bottom.
 
     The published students test with an offset of 0.04.
     """
-    scale = target_wh_px[0] / source_wh_px[0] + resize_offset
+    scale = fitting_scale(source_wh_px, target_wh_px, fit) + resize_offset
     _check_scale(scale, source_wh_px, target_wh_px)
     resized_w, resized_h = int(source_wh_px[0] * scale + 1e-6), int(source_wh_px[1] * scale + 1e-6)
+    slack = resized_w - target_wh_px[0]
     return ImageAugmentation(
         scale=scale,
-        left=max(0, resized_w - target_wh_px[0]) // 2,
+        left=(slack if fit == "whole" else max(0, slack)) // 2,
         top=resized_h - target_wh_px[1],
         size_wh_px=target_wh_px,
     )

@@ -16,7 +16,13 @@ from torch.utils.data import Dataset
 from ..boxes import Boxes3D
 from ..errors import DataError
 from ..geometry import invert_rigid
-from .augment import ImageAugmentation, augment_boxes, augment_points, plain_image_augmentation
+from .augment import (
+    ImageAugmentation,
+    augment_boxes,
+    augment_points,
+    fitting_scale,
+    plain_image_augmentation,
+)
 from .images import DecodedImage, load_image
 from .object_pasting import (
     LabelledCloud,
@@ -257,8 +263,8 @@ class FrameDataset(Dataset[Batch]):
             )
         if config.image_aug is None:
             offset = config.image_resize_offset
-            return plain_image_augmentation(camera.size_wh_px, config.image_size_px, offset)
-        return config.image_aug.draw(rng, camera.size_wh_px, config.image_size_px)
+            return plain_image_augmentation(camera.size_wh_px, config.image_size_px, offset, config.image_fit)
+        return config.image_aug.draw(rng, camera.size_wh_px, config.image_size_px, config.image_fit)
 
     def _network_image(
         self, token: str, camera: CameraFrame, image_aug: ImageAugmentation
@@ -271,7 +277,9 @@ class FrameDataset(Dataset[Batch]):
         if kept is None:
             # The largest scale that may be drawn, so that what is decoded does not depend on the draw.
             offset = config.image_aug.resize_range[1] if config.image_aug else config.image_resize_offset
-            scale = SHARPNESS * (config.image_size_px[0] / camera.size_wh_px[0] + offset)
+            scale = SHARPNESS * (
+                fitting_scale(camera.size_wh_px, config.image_size_px, config.image_fit) + offset
+            )
             kept = load_image(camera, scale, config.exact_jpeg)
         image = image_aug.apply(kept)
         if self.cache:

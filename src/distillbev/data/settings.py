@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..config import Config
 from ..errors import ConfigError
-from .augment import BevAugConfig, ImageAugConfig
+from .augment import BevAugConfig, ImageAugConfig, ImageFit
 from .object_pasting import ObjectPastingConfig
 from .virtual_points import VirtualPointsInput
 
@@ -34,7 +34,10 @@ class DataConfig(Config, frozen=True):
     """What a detector is fed, and how training varies it (both augmentations are off outside training)."""
 
     image_size_px: tuple[int, int] = (704, 256)  # width, height of the network's image
-    image_resize_offset: float = 0.0  # added to the scale that fits the width, where images are not augmented
+    # The width fills the network's image and the bottom stays, as published; or the whole image is shown: for
+    # cameras that are much taller than the network's image.
+    image_fit: ImageFit = "width"
+    image_resize_offset: float = 0.0  # added to the scale that fits, where images are not augmented
     image_aug: ImageAugConfig | None = None
     bev_aug: BevAugConfig | None = None
     cameras: tuple[str, ...] | None = None  # channels, in the order of the batch; None for all of the rig
