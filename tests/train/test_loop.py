@@ -13,6 +13,7 @@ from distillbev.data.schema import Batch
 from distillbev.errors import CheckpointError, RunError
 from distillbev.recipes import RECIPES, experiment_from
 from distillbev.train.checkpoint import Checkpoint, load_weights, read_weights
+from distillbev.train.feed import Feed
 from distillbev.train.inference import load_trained
 from distillbev.train.loop import (
     StepLog,
@@ -20,7 +21,6 @@ from distillbev.train.loop import (
     build_objective,
     require_finite,
     train,
-    training_loader,
 )
 
 STEPS = 6
@@ -169,13 +169,13 @@ def test_accumulated_parts_see_the_samples_of_the_whole_step(tiny_root: Path, tm
     for accumulate in (1, 2):
         parts = ("optim.labelled_per_step=2", f"optim.accumulate={accumulate}")
         config = experiment(tiny_root, "tiny_bevdet", None, *parts)
-        tokens = [token for batch in training_loader(config, NuScenes(tiny_root)) for token in batch.tokens]
+        tokens = [token for batch in Feed(config, NuScenes(tiny_root)) for token in batch.tokens]
         seen.append([sorted(tokens[i : i + 2]) for i in range(0, len(tokens), 2)])
     assert seen[0] == seen[1]
 
 
 def test_batches_move_between_devices_whole(tiny_root: Path):
-    batch = next(iter(training_loader(experiment(tiny_root), NuScenes(tiny_root))))
+    batch = next(iter(Feed(experiment(tiny_root), NuScenes(tiny_root))))
     moved = batch.to("cpu")
     assert [field.name for field in dataclasses.fields(moved)] == [f.name for f in dataclasses.fields(batch)]
     assert replace(experiment(tiny_root), seed=4) != experiment(tiny_root)

@@ -86,9 +86,11 @@ def make_training_loader(
     return make_loader(dataset, batches, workers)
 
 
-def make_inference_loader(dataset: FrameDataset, batch_size: int, workers: int = 0) -> BatchLoader:
-    """Every frame once, in order."""
-    return make_loader(dataset, batches_in_order(len(dataset), batch_size), workers)
+def make_inference_loader(
+    dataset: FrameDataset, batch_size: int, workers: int = 0, rank: int = 0, world_size: int = 1
+) -> BatchLoader:
+    """Every frame once, in order; of several processes each takes its share of the very same batches."""
+    return make_loader(dataset, batches_in_order(len(dataset), batch_size)[rank::world_size], workers)
 
 
 class _ErrorsAsValues(Dataset["Batch | DistillBevError"]):

@@ -109,6 +109,22 @@ def write_detections(
     write_results(path, detected_boxes(detections, samples), meta)
 
 
+def merge_results(parts: Sequence[Path], path: Path) -> None:
+    """Joins files that `write_results` wrote, each of one sample or more, in the order given.
+
+    The outcome is the file that a single process writes, to the byte; one part at a time is in memory.
+    """
+    whole = path.with_name(path.name + ".part")
+    with whole.open("wb") as file:
+        for number, part in enumerate(parts):
+            content = part.read_bytes()
+            entries = content.index(b"{", content.index(b'"results"')) + 1
+            file.write(b"," if number else content[:entries])
+            file.write(content[entries : -len(b"}}")])
+        file.write(b"}}")
+    os.replace(whole, path)
+
+
 def read_results(path: Path, ground_truth: GroundTruth) -> tuple[EvalBoxes, ResultsMeta]:
     """Reads and checks a results file against the samples of the ground truth.
 
@@ -116,7 +132,8 @@ def read_results(path: Path, ground_truth: GroundTruth) -> tuple[EvalBoxes, Resu
 
     Raises:
         DataError: the file is absent or damaged, names unknown classes or attributes, lists other samples
-            than the ground truth, or holds too many boxes or boxes that are not finite.
+            than the ground truth, or holds too many boxes or boxes that are not finite. `check_results` lists
+            all of it.
     """
     content = _decode(path)
     tokens = ground_truth.boxes.tokens
@@ -170,7 +187,7 @@ def _decode(path: Path) -> _Results:
         if b"NaN" in text:  # no JSON proper, yet what json.dump writes for an unknown velocity
             return msgspec.convert(json.loads(text), _Results)
         return msgspec.json.decode(text, type=_Results)
-    except (msgspec.MsgspecError, ValueError) as error:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise DataError(
             f"{path}: no nuScenes results file: {error}; expected {{'meta': {{'use_camera': ...}}, "
             "'results': {token: [box, ...]}} as the detection task defines it"

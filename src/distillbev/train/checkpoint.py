@@ -22,6 +22,9 @@ def save_weights(state: dict[str, Tensor], path: Path, metadata: dict[str, str] 
         CheckpointError: the file cannot be written.
     """
     temporary = path.with_name(f".{path.name}.part")
+    temporary.unlink(missing_ok=True)
+    temporary.touch()
+    mode = temporary.stat().st_mode  # as the umask wants it; safetensors lets only the owner read
     try:
         save_file(
             {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, temporary, metadata
@@ -30,6 +33,7 @@ def save_weights(state: dict[str, Tensor], path: Path, metadata: dict[str, str] 
         raise CheckpointError(
             f"{path}: cannot be written ({error}); make room or mend the permissions, then run again"
         ) from None
+    temporary.chmod(mode)
     os.replace(temporary, path)
 
 
@@ -76,7 +80,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 class Checkpoint:
-    """One folder `step-NNNNNNN` with model, optimizer, average and random state."""
+    """One folder `step-NNNNNNN` with model, optimizer and average."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -107,10 +111,6 @@ class Checkpoint:
         state = optimizer.state_dict()["state"]
         tensors = {f"{i}.{key}": value for i, entry in state.items() for key, value in entry.items()}
         save_weights(tensors, part / "optimizer.safetensors")
-        random_state = {"cpu": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            random_state["cuda"] = torch.cuda.get_rng_state()
-        save_weights(random_state, part / "random.safetensors")
         (part / "state.json").write_text(json.dumps({"step": step}))
         shutil.rmtree(final, ignore_errors=True)
         os.replace(part, final)
@@ -118,7 +118,7 @@ class Checkpoint:
             shutil.rmtree(old)
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor] | None:
-        """Puts model, optimizer and random state back as they were; returns the averaged weights, if any.
+        """Puts model and optimizer back as they were; returns the averaged weights, if any.
 
         Raises:
             CheckpointError: a file of it is absent, damaged, or belongs to another architecture.
@@ -138,9 +138,5 @@ class Checkpoint:
             index, key = name.split(".", 1)
             state.setdefault(int(index), {})[key] = tensor
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-        random_state = read_weights(self.folder / "random.safetensors")
-        torch.set_rng_state(random_state["cpu"])
-        if "cuda" in random_state and torch.cuda.is_available():
-            torch.cuda.set_rng_state(random_state["cuda"])
         average = self.folder / "average.safetensors"
         return read_weights(average) if average.exists() else None

@@ -17,7 +17,8 @@ class OptimConfig(Config, frozen=True):
     """AdamW with gradient clipping; one step sees `labelled_per_step` + `unlabelled_per_step` samples.
 
     `accumulate` splits a step's samples into that many forward passes; `ema_decay` keeps an average of the
-    weights, which is then what is evaluated and saved as the result.
+    weights, which is then what is evaluated and saved as the result. The student's image backbone learns at
+    `backbone_lr_factor` times the rate of all else.
     """
 
     steps: int = 800
@@ -25,6 +26,7 @@ class OptimConfig(Config, frozen=True):
     unlabelled_per_step: int = 0
     accumulate: int = 1
     learning_rate: float = 2e-3
+    backbone_lr_factor: float = 1.0
     weight_decay: float = 0.01
     clip_norm: float | None = 10.0
     schedule: ScheduleConfig = ScheduleConfig()
@@ -39,8 +41,9 @@ class OptimConfig(Config, frozen=True):
         for name in ("labelled_per_step", "unlabelled_per_step", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)}; choose 0 or more")
-        if not 0 < self.learning_rate < math.inf:
-            raise ConfigError(f"learning_rate={self.learning_rate}; choose a number above 0")
+        for name in ("learning_rate", "backbone_lr_factor"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name}={getattr(self, name)}; choose a number above 0")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ConfigError(f"clip_norm={self.clip_norm}; choose a norm above 0, or null for no clipping")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
@@ -51,6 +54,23 @@ class OptimConfig(Config, frozen=True):
             raise ConfigError(
                 f"accumulate={self.accumulate} parts of fewer samples; choose at most one part each"
             )
+
+
+class FaultConfig(Config, frozen=True):
+    """What a run bears. It stops at what goes beyond, with what it has learned so far kept.
+
+    `max_damaged_samples`: how many different samples may turn out to be unreadable; each is named in the log and
+    replaced by the next one that is labelled like it. `max_dead_workers`: how often data workers that died
+    (killed, or out of memory) are started anew; the batches are the same as without the death.
+    """
+
+    max_damaged_samples: int = 0
+    max_dead_workers: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_damaged_samples", "max_dead_workers"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)}; choose 0 (stop at the first) or more")
 
 
 class LogConfig(Config, frozen=True):
@@ -92,6 +112,7 @@ class Experiment(Config, frozen=True):
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     log: LogConfig = LogConfig()
+    faults: FaultConfig = FaultConfig()
     evaluation: DetectionEvalConfig = DetectionEvalConfig()
     cache: bool = False  # keep what was read in memory; for worlds of a few hundred frames
     workers: int = 0
@@ -113,6 +134,11 @@ class Experiment(Config, frozen=True):
             raise ConfigError(
                 f"unlabelled_per_step={self.optim.unlabelled_per_step} with unlabelled_splits="
                 f"{list(self.unlabelled_splits)}; give both or neither"
+            )
+        if self.optim.backbone_lr_factor != 1 and self.student is None:
+            raise ConfigError(
+                f"backbone_lr_factor={self.optim.backbone_lr_factor} is for a student's image backbone, and "
+                f"experiment {self.name!r} has no student; set it to 1"
             )
         lifts = isinstance(self.student, BevDetConfig) and self.student.depth_loss is not None
         if self.task == "depth" and not lifts:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from ..errors import RunError
 from ..models.detectors import Student, Teacher
 from .checkpoint import load_weights
 from .experiment import Experiment
+from .feed import death_of_worker
 from .loop import WEIGHTS_FILE, autocast, build_detector
 
 
@@ -56,26 +57,50 @@ def load_trained(run: Path, device: torch.device | str = "cpu") -> tuple[Experim
     return experiment, detector.to(device).eval()
 
 
-@torch.inference_mode()
 def detect(
     experiment: Experiment,
     detector: Student | Teacher,
     nuscenes: NuScenes,
     tokens: Sequence[str],
-    batch_size: int = 4,
     show_progress: bool = True,
 ) -> dict[str, Boxes3D]:
     """Detections of every sample (token -> boxes in its LiDAR frame), without any augmentation."""
+    batches = detect_batches(experiment, detector, nuscenes, tokens, show_progress=show_progress)
+    return {token: boxes for batch in batches for token, boxes in batch.items()}
+
+
+@torch.inference_mode()
+def detect_batches(
+    experiment: Experiment,
+    detector: Student | Teacher,
+    nuscenes: NuScenes,
+    tokens: Sequence[str],
+    batch_size: int = 4,
+    rank: int = 0,
+    world_size: int = 1,
+    show_progress: bool = True,
+) -> Iterator[dict[str, Boxes3D]]:
+    """Detections of one batch of samples after the other; of several processes each takes its share.
+
+    Batch number i belongs to process i modulo `world_size`. The batches are those of a single process, since
+    a sample's numbers may differ in the last digit with what stands beside it.
+
+    Raises:
+        RunError: a data worker died.
+    """
     device = next(detector.parameters()).device
     data = experiment.data
     if experiment.student is not None:
         data = replace(data, load_points=False)  # at run time a student sees cameras only
     dataset = FrameDataset(nuscenes, frames_of_tokens(tokens), data)
-    loader = make_inference_loader(dataset, batch_size, experiment.workers)
-    detections: dict[str, Boxes3D] = {}
-    for batch in track(loader, f"detecting ({experiment.name})", disable=not show_progress):
-        with autocast(experiment.optim.precision, device):
-            output = detector(batch.to(device))
-        for token, boxes in zip(batch.tokens, detector.decode(output), strict=True):
-            detections[token] = boxes.to("cpu")
-    return detections
+    loader = make_inference_loader(dataset, batch_size, experiment.workers, rank, world_size)
+    try:
+        for batch in track(loader, f"detecting ({experiment.name})", disable=not show_progress):
+            with autocast(experiment.optim.precision, device):
+                output = detector(batch.to(device))
+            found = [boxes.to("cpu") for boxes in detector.decode(output)]
+            yield dict(zip(batch.tokens, found, strict=True))
+    except RuntimeError as error:
+        if (reason := death_of_worker(error)) is None:
+            raise
+        raise RunError(f"{experiment.name}: {reason}; lower `workers` if memory ran out") from None

@@ -5,32 +5,36 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import time
-from collections.abc import Iterator
-from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ..config import first_difference, read_config, write_config
-from ..data.frames import FrameDataset, frames_of_splits
-from ..data.loader import BatchLoader, make_training_loader
 from ..data.samples import NuScenes
 from ..data.schema import Batch
 from ..distill.distiller import Distiller, inherit_head
-from ..errors import RunError
+from ..errors import DistillBevError, RunError
 from ..models.bevdet import BevDet
 from ..models.detectors import Student, Teacher, build_student, build_teacher
+from ..models.processes import synchronise_norms
 from .checkpoint import Checkpoint, load_weights, save_weights
+from .distributed import (
+    Ending,
+    average_gradients,
+    ending_together,
+    gather_tokens,
+    join_processes,
+    seed_step,
+    wait_for_all,
+)
 from .environment import describe_environment
-from .experiment import Experiment
+from .experiment import Experiment, OptimConfig
+from .feed import Feed
 from .schedule import learning_rate_factor
 
 logger = logging.getLogger(__name__)
@@ -136,15 +140,31 @@ def train(experiment: Experiment, run: Path, *, resume: bool = True, show_progre
     """Trains what the experiment describes and leaves everything about it in the run folder.
 
     Continues from the newest checkpoint of the same experiment, to the same numbers as an uninterrupted run.
+    Where `torchrun` started several processes, they share each step's samples.
 
     Returns:
         The file with the resulting weights (the average where the experiment keeps one).
 
     Raises:
-        RunError: the folder holds another run, or a loss is not finite (named, with the samples' tokens).
+        RunError: the folder holds another run, a loss is not finite (named, with the samples' tokens), or a
+            process was lost.
         DataError: a file that the run needs is absent or damaged.
     """
     rank, world_size, device = join_processes()
+    with ending_together(run.name) as ending:
+        return _train(experiment, run, resume, show_progress, rank, world_size, device, ending)
+
+
+def _train(
+    experiment: Experiment,
+    run: Path,
+    resume: bool,
+    show_progress: bool,
+    rank: int,
+    world_size: int,
+    device: torch.device,
+    ending: Ending,
+) -> Path:
     weights = run / WEIGHTS_FILE
     require_own_folder(experiment, run, resume)
     if weights.exists():
@@ -155,22 +175,28 @@ def train(experiment: Experiment, run: Path, *, resume: bool = True, show_progre
     nuscenes = NuScenes(Path(experiment.data_root))
     objective = build_objective(experiment).to(device)
     model = objective.student
-    optimizer = torch.optim.AdamW(
-        parameter_groups(objective, optim.weight_decay), lr=optim.learning_rate, foreach=True
-    )
+    optimizer = torch.optim.AdamW(parameter_groups(objective, optim), lr=optim.learning_rate, foreach=True)
     average = AveragedWeights(model, optim.ema_decay) if optim.ema_decay is not None else None
     checkpoint = Checkpoint.latest(run / "checkpoints")
     first_step = checkpoint.step if checkpoint is not None else 0
-    batches: Iterator[Batch] = iter(training_loader(experiment, nuscenes, first_step, rank, world_size))
+    feed = Feed(experiment, nuscenes, first_step, rank, world_size)
+    batches = iter(feed)
     # Damaged data is told here, before anything is written.
     batches = chain([next(batches)], batches)
-    if checkpoint is not None:  # after the loader has begun, which draws from the random state
+    if checkpoint is not None:
         averaged = checkpoint.restore(objective, optimizer)
         if average is not None and averaged is not None:
             average.state = {name: tensor.to(device) for name, tensor in averaged.items()}
 
-    parallel = DistributedDataParallel(objective, broadcast_buffers=False) if world_size > 1 else objective
+    def save_checkpoint(done: int) -> None:
+        state = average.state if average is not None else None
+        Checkpoint.save(run / "checkpoints", done, objective, optimizer, state, log.keep_checkpoints)
+
+    if world_size > 1:
+        synchronise_norms(objective)
     objective.train()
+    wait_for_all()  # nobody shall look into a folder that is half claimed
+    ending.kept = lambda: what_is_kept(run)
     if rank == 0:
         claim_run_folder(experiment, run)
         forget_log_after(run / "metrics.jsonl", first_step)
@@ -181,43 +207,49 @@ def train(experiment: Experiment, run: Path, *, resume: bool = True, show_progre
         for step in range(first_step, optim.steps):
             factor = learning_rate_factor(optim.schedule, step, optim.steps)
             for group in optimizer.param_groups:
-                group["lr"] = optim.learning_rate * factor
+                group["lr"] = optim.learning_rate * group["lr_factor"] * factor
 
             sums: dict[str, float] = {}
+            norms: dict[str, float] = {}
             tokens: list[str] = []
             for part in range(optim.accumulate):
-                with step_log.waiting_for_data():
-                    batch = next(batches).to(device)
+                try:
+                    with step_log.waiting_for_data():
+                        batch = next(batches).to(device)
+                except DistillBevError:
+                    if rank == 0 and step > first_step:
+                        save_checkpoint(step)  # the fault lies in the data, not in what was learned
+                    raise
                 tokens += batch.tokens
-                last = part == optim.accumulate - 1
-                in_processes = isinstance(parallel, DistributedDataParallel)
-                with parallel.no_sync() if in_processes and not last else nullcontext():
-                    with autocast(optim.precision, device):
-                        losses = parallel(batch, step)
-                    total = torch.stack([loss.float() for loss in losses.values()]).sum()
-                    require_finite(losses, batch, step, run)
-                    if rank == 0 and last and is_due(step, log.gradient_norms_every):
-                        sums |= gradient_norms_of(objective)
-                    (total / optim.accumulate).backward()
+                seed_step(experiment.seed, step, part, rank)
+                with autocast(optim.precision, device):
+                    losses = objective(batch, step)
+                total = torch.stack([loss.float() for loss in losses.values()]).sum()
+                require_finite(losses, batch, step, run)
+                if part == optim.accumulate - 1 and is_due(step, log.gradient_norms_every):
+                    norms = gradient_norms_of(objective)  # by all processes: norms ask for all of them
+                (total / optim.accumulate).backward()
                 for name, loss in {**losses, "loss": total}.items():
                     sums[name] = sums.get(name, 0.0) + float(loss.detach()) / optim.accumulate
 
+            sums = average_gradients(objective, {**sums, "damaged_samples": feed.num_damaged})
+            step_log.num_damaged = round(sums.pop("damaged_samples") * world_size)
             norm = nn.utils.clip_grad_norm_(objective.parameters(), optim.clip_norm or math.inf)
             if not torch.isfinite(norm):
                 raise RunError(
-                    f"{run.name}: the gradient norm at step {step} is {float(norm)}, samples {tokens}; "
-                    f"the last good checkpoint is kept; lower learning_rate ({optim.learning_rate}) or use fp32"
+                    f"{run.name}: the gradient norm at step {step} is {float(norm)}, samples "
+                    f"{gather_tokens(tokens)}; lower learning_rate ({optim.learning_rate}) or use fp32"
                 )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if average is not None:
                 average.update(model, step)
-            step_log.record(step, {**sums, "gradient_norm": float(norm), "lr": optim.learning_rate * factor})
+            step_values = {"gradient_norm": float(norm), "lr": optim.learning_rate * factor}
+            step_log.record(step, {**sums, **norms, **step_values})
 
             done = step + 1
             if rank == 0 and (done % log.checkpoint_every == 0) and done < optim.steps:
-                state = average.state if average is not None else None
-                Checkpoint.save(run / "checkpoints", done, objective, optimizer, state, log.keep_checkpoints)
+                save_checkpoint(done)
 
     if rank == 0:
         beside = {
@@ -226,42 +258,16 @@ def train(experiment: Experiment, run: Path, *, resume: bool = True, show_progre
         if beside:
             save_weights(beside, run / ADAPTERS_FILE)
         save_weights(average.state if average is not None else model.state_dict(), weights)
-    if world_size > 1:
-        dist.barrier()
+    wait_for_all()
     return weights
 
 
-def training_loader(
-    experiment: Experiment, nuscenes: NuScenes, first_step: int = 0, rank: int = 0, world_size: int = 1
-) -> BatchLoader:
-    """Batches of the steps from `first_step` on; each step's samples come in `accumulate` parts."""
-    optim = experiment.optim
-    frames, groups = frames_of_splits(nuscenes, experiment.labelled_splits, experiment.unlabelled_splits)
-    return make_training_loader(
-        FrameDataset(nuscenes, frames, experiment.data, experiment.seed, train=True, cache=experiment.cache),
-        groups,
-        per_step=(optim.labelled_per_step, optim.unlabelled_per_step),
-        steps=optim.steps,
-        first_step=first_step,
-        accumulate=optim.accumulate,
-        rank=rank,
-        world_size=world_size,
-        workers=experiment.workers,
-        class_balanced=optim.class_balanced,
-    )
-
-
-def join_processes() -> tuple[int, int, torch.device]:
-    """(rank, number of processes, device) of this process; joins the others that `torchrun` started."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
-    return (dist.get_rank(), world_size, device) if world_size > 1 else (0, 1, device)
+def what_is_kept(run: Path) -> str:
+    """The end of a message: from where a run goes on; empty where there is nothing."""
+    checkpoint = Checkpoint.latest(run / "checkpoints")
+    if checkpoint is None:
+        return ""
+    return f"; all up to step {checkpoint.step} is kept, and the same command goes on from there"
 
 
 def require_own_folder(experiment: Experiment, run: Path, resume: bool) -> None:
@@ -290,13 +296,22 @@ def claim_run_folder(experiment: Experiment, run: Path) -> None:
         write_config(experiment, run / "experiment.yaml")
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weights with decay; biases and norm parameters (one axis) without."""
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+def parameter_groups(objective: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
+    """Weights with decay; biases and norm parameters (one axis) without; the image backbone at its own rate."""
+    encoder = getattr(objective.student, "image_encoder", None)
+    backbone = set(encoder.backbone.parameters()) if optim.backbone_lr_factor != 1 and encoder else set()
+    groups = []
+    for members, factor in ((False, 1.0), (True, optim.backbone_lr_factor)):
+        learned = [p for p in objective.parameters() if p.requires_grad and (p in backbone) == members]
+        for has_decay in (True, False):
+            groups.append(
+                {
+                    "params": [p for p in learned if (p.ndim > 1) == has_decay],
+                    "weight_decay": optim.weight_decay if has_decay else 0.0,
+                    "lr_factor": factor,
+                }
+            )
+    return groups if backbone else groups[:2]
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
@@ -319,7 +334,7 @@ def require_finite(losses: dict[str, Tensor], batch: Batch, step: int, run: Path
         if not torch.isfinite(loss):
             raise RunError(
                 f"{run.name}: loss term {name!r} is {float(loss)} at step {step}, samples {batch.tokens}; "
-                "the last good checkpoint is kept; look at these samples with `distillbev inspect`"
+                "look at these samples with `distillbev inspect`"
             )
 
 
@@ -377,6 +392,7 @@ class StepLog:
         self.sums: dict[str, float] = {}
         self.counts: dict[str, int] = {}
         self.data_seconds = 0.0
+        self.num_damaged = 0
         self.steps = 0
         self.since = time.perf_counter()
 
@@ -414,6 +430,8 @@ class StepLog:
             "seconds_per_step": (now - self.since) / self.steps,
             "data_seconds_per_step": self.data_seconds / self.steps,
         }
+        if self.num_damaged:
+            line["damaged_samples"] = self.num_damaged
         self.file.write(json.dumps({"step": step, **line}) + "\n")
         self.file.flush()
         if self.experiment.log.tensorboard:
