@@ -69,6 +69,19 @@ def read_image_file(path: Path, what: str, absent: str) -> bytes:
     return content
 
 
+def has_hidden_damage(path: Path) -> bool:
+    """Whether a JPEG decodes, but only by guesses of the decoder, which simplejpeg tells; False without it."""
+    content = read_image_file(path, "image", "")
+    if simplejpeg is None or not content.startswith(b"\xff\xd8"):
+        return False
+    try:
+        if simplejpeg.decode_jpeg_header(content)[2] in ("YCbCr", "Gray"):
+            simplejpeg.decode_jpeg(content)
+    except ValueError:
+        return True
+    return False
+
+
 def reduction_for(size_wh_px: tuple[int, int], scale: float) -> int:
     """The largest of 8, 4, 2 and 1 that leaves an image of this size at least `scale` times as large."""
     factor = min(size // max(int(size * scale), 1) for size in size_wh_px)

@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from .tables import Tables
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2  # of the files; a change makes every index stale
+FORMAT = 3  # of the files; a change makes every index stale
 FOLDER = "table_index"
 # Tables that together are smaller are read from JSON in under a second, which is not worth a folder in somebody's
 # dataset; v1.0-mini has 50 MB, v1.0-trainval 2 GB. `distillbev prepare` indexes whatever it is given.
@@ -48,6 +49,23 @@ def index_folders(folder: Path) -> list[Path]:
 def find_index(folder: Path) -> Path | None:
     """The index of a version folder that is whole and up to date; None where there is none."""
     return next((place for place in index_folders(folder) if is_whole(place)), None)
+
+
+def damaged_files(place: Path) -> list[str]:
+    """Files of an index that have changed since it was built. Opening looks at their lengths alone, which is fast."""
+    try:
+        sums: dict[str, int] = json.loads((place / LIST).read_text())["crc32"]
+        return [name for name, checksum in sums.items() if _checksum(place / name) != checksum]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return [LIST]
+
+
+def _checksum(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while part := file.read(2**20):
+            checksum = zlib.crc32(part, checksum)
+    return checksum
 
 
 def changed_tables(folder: Path) -> list[str]:
@@ -126,7 +144,8 @@ def _build_at(folder: Path, place: Path) -> None:
         files = {path.name: path.stat().st_size for path in building.iterdir()}
         if fingerprint(folder) != before:
             raise NotIndexableError("the tables changed while they were read")
-        content = {"format": FORMAT, "tables": before, "files": files}
+        sums = {name: _checksum(building / name) for name in files}
+        content = {"format": FORMAT, "tables": before, "files": files, "crc32": sums}
         (building / LIST).write_text(json.dumps(content, indent=1))
         for path in building.iterdir():  # a rename may reach the disk before the data does
             with path.open("rb") as file:
