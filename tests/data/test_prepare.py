@@ -4,14 +4,9 @@ from pathlib import Path
 import pytest
 from tiny_nuscenes import edit_table
 
-from distillbev.data.check import check_dataset
 from distillbev.data.prepare import prepare
 from distillbev.data.samples import NuScenes, official_splits
 from distillbev.errors import DataError
-
-
-def faults(root: Path) -> dict[str, int]:
-    return {finding.what: finding.count for finding in check_dataset(root)}
 
 
 def test_preparing_twice_builds_once(spoilt_root: Path):
@@ -23,41 +18,6 @@ def test_preparing_faulty_tables_tells_what_is_wrong(spoilt_root: Path):
     edit_table(spoilt_root, "sample_data", lambda rows: rows[0].update(ego_pose_token="lost"))
     with pytest.raises(DataError, match=r"ego_pose_token 'lost' leads nowhere.*--check"):
         prepare(spoilt_root)
-
-
-def test_a_sound_dataset_has_no_findings(tiny_root: Path):
-    assert check_dataset(tiny_root) == []
-
-
-@pytest.mark.parametrize(
-    ("table", "field", "value", "what"),
-    [
-        ("sample_data", "ego_pose_token", "lost", "sample_data: ego_pose_token is not in ego_pose.json"),
-        ("sample_data", "filename", "../outside.jpg", "file: its name leaves the dataset"),
-        ("sample_data", "filename", "samples/none.jpg", "file: a key frame of LIDAR_TOP is absent"),
-        ("ego_pose", "rotation", [2.0, 0.0, 0.0, 0.0], "ego_pose: rotation is no unit quaternion"),
-        ("calibrated_sensor", "camera_intrinsic", [], "calibrated_sensor: camera_intrinsic is not 3x3"),
-        ("sample_annotation", "size", [0.0, 1.0, 1.0], "sample_annotation: translation or size makes no box"),
-    ],
-)
-def test_a_fault_is_found_once(spoilt_root: Path, table: str, field: str, value: object, what: str):
-    edit_table(spoilt_root, table, lambda rows: rows[0].update({field: value}))
-    assert faults(spoilt_root)[what] == 1
-
-
-def test_time_that_runs_backwards_is_found(spoilt_root: Path):
-    edit_table(spoilt_root, "sample", lambda rows: rows[1].update(timestamp=rows[0]["timestamp"] - 1))
-    assert "sample: prev is not earlier" in faults(spoilt_root)
-
-
-def test_damaged_files_are_found(spoilt_root: Path):
-    image = next((spoilt_root / "samples" / "CAM_FRONT").iterdir())
-    image.write_bytes(image.read_bytes()[:300])
-    sweep = next((spoilt_root / "samples" / "LIDAR_TOP").iterdir())
-    sweep.write_bytes(sweep.read_bytes()[:-3])
-    found = faults(spoilt_root)
-    assert found["file: an image cannot be read"] == 1
-    assert found["file: a LiDAR file cannot be read"] == 1
 
 
 def test_official_splits_have_their_known_sizes_and_do_not_overlap():
