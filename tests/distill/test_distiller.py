@@ -7,7 +7,22 @@ import pytest
 import torch
 from msgspec.structs import replace
 from torch import nn
-from toys import CAR, GRID, ToyNetwork, ToyOutput, ToyStudent, ToyTeacher, boxes_of, make_batch
+from toys import (
+    ALL_TERMS,
+    BOTH,
+    GRID,
+    LABELLED,
+    STAGE,
+    ToyNetwork,
+    ToyOutput,
+    ToyStudent,
+    ToyTeacher,
+    boxes_of,
+    imitation,
+    make_batch,
+    make_distiller,
+    total,
+)
 
 from distillbev.boxes import Boxes3D
 from distillbev.distill.adapters import IdentityAdapterConfig, LayeredAdapterConfig
@@ -20,11 +35,13 @@ from distillbev.distill.distiller import (
     released_bevdepth4d,
     released_bevformer,
 )
-from distillbev.distill.masks import RegionConfig
+from distillbev.distill.masks import ContextConfig, RegionConfig
 from distillbev.distill.settings import (
-    AttentionTermConfig,
+    AffinityTermConfig,
+    AttentiveCells,
     FalsePositiveConfig,
     PseudoLabelConfig,
+    RelationTermConfig,
     TapConfig,
     TermConfig,
 )
@@ -33,31 +50,9 @@ from distillbev.distill.terms import ChannelStandardiseConfig, LayerNormConfig
 from distillbev.errors import ConfigError, DataError
 from distillbev.models.outputs import DetectorOutput, QueryPredictions
 
-ALL_TERMS = TapConfig(
-    foreground=TermConfig(weight=1.0),
-    background=TermConfig(weight=1.0),
-    false_positive=FalsePositiveConfig(weight=1.0),
-    attention_imitation=AttentionTermConfig(weight=0.1),
-)
-STAGE = TapConfig(
-    student="stage0", teacher="stage0", adapter=LayeredAdapterConfig(), foreground=TermConfig(weight=1.0)
-)
-BOTH = DistillConfig(taps=(ALL_TERMS, STAGE))
-LABELLED = [boxes_of(CAR), boxes_of(CAR, CAR)]
-
-
-def make_distiller(config: DistillConfig = BOTH, channels: int = 8) -> Distiller:
-    teacher, student = ToyTeacher(channels, seed=1), ToyStudent(4, seed=2)
-    torch.manual_seed(3)
-    return Distiller.from_probe(teacher, student, config, make_batch(LABELLED))
-
-
-def imitation(losses: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: loss for name, loss in losses.items() if name.startswith("imitate/")}
-
-
-def total(losses: dict[str, torch.Tensor]) -> torch.Tensor:
-    return torch.stack(list(losses.values())).sum()
+BY_COMPONENT = FalsePositiveConfig(weight=1.0, source="union", scale="component")
+ATTENTIVE = AffinityTermConfig(weight=1.0, cells=AttentiveCells())
+RELATION = RelationTermConfig(weight=1.0)
 
 
 def test_any_two_networks_with_named_maps_give_detection_and_imitation_terms() -> None:
@@ -208,7 +203,10 @@ def test_batch_of_which_nothing_is_used_is_refused_by_its_tokens() -> None:
         replace(BOTH, taps=(replace(ALL_TERMS, normalise=ChannelStandardiseConfig()),)),
         replace(BOTH, regions=RegionConfig(shape="gaussian", halo="ignored")),
         replace(BOTH, regions=RegionConfig(shape="gaussian_in_box", combined_scale=True)),
+        replace(BOTH, regions=RegionConfig(context=ContextConfig(), object_scale="inverse_box_area")),
         replace(BOTH, taps=(replace(ALL_TERMS, normalise=LayerNormConfig(), attention=None),)),
+        replace(BOTH, taps=(replace(ALL_TERMS, false_positive=BY_COMPONENT, affinity=ATTENTIVE),)),
+        replace(BOTH, taps=(replace(STAGE, affinity=AffinityTermConfig(weight=1.0), relation=RELATION),)),
         replace(BOTH, taps=(replace(ALL_TERMS, attention=AttentionConfig(standardise=True, cap=5.0)),)),
     ],
 )
@@ -357,6 +355,44 @@ def test_false_positives_may_come_from_the_boxes_of_a_teacher_without_heat_maps(
     assert not (regions.false_positive & regions.foreground).any()
 
 
+def test_false_positives_may_be_those_of_the_student_and_teach_it_no_way_around() -> None:
+    by_student = replace(ALL_TERMS, false_positive=FalsePositiveConfig(weight=1.0, source="student"))
+    distiller = make_distiller(DistillConfig(taps=(by_student,)))
+    batch = make_batch(LABELLED)
+    nn.init.constant_(distiller.teacher.heat.bias, 9.0)  # what the teacher sees does not matter
+    nn.init.constant_(distiller.student.heat.bias, -3.0)
+    output = distiller.student(batch)
+    heat = output.heads[0]["heatmap"]
+    losses = distiller.losses(output, batch)
+    view = distiller._held.look(batch, detections=False)
+    assert view.heat is None
+    seen = heat.sigmoid().amax(dim=1, keepdim=True).detach()
+    regions = distiller.regions(LABELLED, view, student_heat=seen)[0]
+    assert regions.false_positive.any() and regions.background.any()
+    assert not (regions.false_positive & (seen <= 0.1)).any()
+    (gradient,) = torch.autograd.grad(losses["imitate/head/false_positive"], heat, allow_unused=True)
+    assert gradient is None
+
+    class Silent(ToyStudent):
+        def forward(self, batch):
+            return replace_fields(super().forward(batch), heads=[])
+
+    mute = Distiller.from_probe(
+        ToyTeacher(8, seed=1), Silent(4, seed=2), DistillConfig(taps=(by_student,)), make_batch(LABELLED)
+    )
+    with pytest.raises(ConfigError, match="the student's heat map, but its head has none"):
+        mute(make_batch(LABELLED))
+
+
+def test_affinity_and_relation_are_terms_of_a_tap_and_pull_at_the_student() -> None:
+    tap = replace(STAGE, affinity=AffinityTermConfig(weight=2.0), relation=RELATION)
+    losses = make_distiller(DistillConfig(taps=(tap,), weight=0.5)).train()(make_batch(LABELLED))
+    doubled = make_distiller(DistillConfig(taps=(tap,))).train()(make_batch(LABELLED))
+    for name in ("imitate/stage0/affinity", "imitate/stage0/relation"):
+        assert losses[name] > 0 and losses[name].requires_grad
+        torch.testing.assert_close(2 * losses[name], doubled[name])
+
+
 def test_taps_on_one_grid_share_their_regions() -> None:
     twin = replace(ALL_TERMS, student="stage0", adapter=LayeredAdapterConfig())
     distiller = make_distiller(DistillConfig(taps=(ALL_TERMS, twin)))
@@ -420,6 +456,11 @@ def test_teacher_without_what_is_asked_of_it_is_refused() -> None:
 def test_settings_refuse_what_cannot_be_meant() -> None:
     with pytest.raises(ConfigError, match="has no term"):
         TapConfig()
+    with pytest.raises(ConfigError, match="affinity at attentive cells needs attention"):
+        replace(STAGE, attention=None, affinity=ATTENTIVE).__post_init__()
+    for cells in ({"top": 30, "above": 2.0}, {"top": None}, {"top": 1}):
+        with pytest.raises(ConfigError, match="above"):
+            AttentiveCells(**cells)
     with pytest.raises(ConfigError, match="tapped once"):
         DistillConfig(taps=(ALL_TERMS, ALL_TERMS))
     with pytest.raises(ConfigError, match="choose a positive weight"):

@@ -10,6 +10,7 @@ from toys import CAR, GRID, box, boxes_of
 from distillbev.boxes import Boxes3D, box_corners
 from distillbev.classes import CLASSES
 from distillbev.distill.masks import (
+    ContextConfig,
     RegionConfig,
     Regions,
     cells_in_boxes,
@@ -17,6 +18,7 @@ from distillbev.distill.masks import (
     false_positives,
     foreground_of_boxes,
     heat_on_grid,
+    one_over_component,
     pad_boxes,
     split_regions,
     target_heat,
@@ -216,6 +218,87 @@ def test_blobs_fade_from_the_centre_and_reach_around_small_objects_or_stay_in_th
     assert (within.foreground_scale <= boxed.foreground_scale).all()
 
 
+def test_a_context_ring_is_one_cell_of_half_weight_around_a_box() -> None:
+    car = boxes_of(box(1.0, 2.0, 2.4, 1.6))  # cells of 0.8 m: 3 x 2 of them, 5 x 4 with the ring
+    config = RegionConfig(context=ContextConfig(), object_scale="inverse_box_area")
+    found = foreground_of_boxes(*pad_boxes([car]), GRID, config)
+    assert found.weight is not None
+    assert sorted((found.mask * found.weight).unique().tolist()) == [0.0, 0.5, 1.0]
+    assert (found.mask & (found.weight == 1)).sum() == 6 and found.mask.sum() == 20
+    torch.testing.assert_close(found.scale[found.mask], torch.full((20,), 1 / 6))
+    regions = split([car], config)
+    assert regions.background.sum() == 256 - 20
+    assert regions.foreground_scale[regions.foreground].sum() == pytest.approx(6 / 6 + 0.5 * 14 / 6)
+
+
+def test_the_first_of_several_objects_gives_a_ring_its_scale() -> None:
+    pair = [box(-2.0, 2.0, 1.6, 1.6), box(0.4, 2.0, 1.6, 3.2)]
+    config = RegionConfig(context=ContextConfig(), object_scale="inverse_box_area")
+    between = tuple(GRID.cell_coordinates(torch.tensor([-0.8, 2.0])).floor().long().tolist()[::-1])
+    for boxes, expected in ((pair, 1 / 4), (pair[::-1], 1 / 8)):
+        found = foreground_of_boxes(*pad_boxes([boxes_of(*boxes)]), GRID, config)
+        assert found.weight[0, 0][between] == 0.5
+        assert found.scale[0, 0][between].item() == pytest.approx(expected)
+
+
+def components_slow(region: Tensor) -> Tensor:
+    """The readable twin of `one_over_component`: cell after cell, neighbour after neighbour."""
+    found = torch.zeros(region.shape)
+    for sample, cells in enumerate(region[:, 0].tolist()):
+        left = {(y, x) for y, row in enumerate(cells) for x, inside in enumerate(row) if inside}
+        while left:
+            waiting, component = [left.pop()], []
+            while waiting:
+                y, x = waiting.pop()
+                component.append((y, x))
+                near = {(y + 1, x), (y - 1, x), (y, x + 1), (y, x - 1)} & left
+                left -= near
+                waiting.extend(near)
+            for y, x in component:
+                found[sample, 0, y, x] = 1 / len(component)
+    return found
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.55, 0.7, 1.0])
+def test_components_are_those_found_cell_after_cell(share: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    region = torch.rand(3, 1, 17, 23, generator=generator) < share
+    torch.testing.assert_close(one_over_component(region), components_slow(region))
+
+
+def test_a_component_may_wind_but_does_not_go_around_a_corner_or_into_the_next_sample() -> None:
+    spiral = ["#######", "      #", "##### #", "#   # #", "# ### #", "#     #", "#######"]
+    corner = ["##     ", "  ##   "] + ["       "] * 5
+    region = torch.tensor([[[list(map("#".__eq__, row)) for row in rows]] for rows in (spiral, corner)])
+    region = region.view(2, 1, 7, 7)
+    scale = one_over_component(region)
+    assert scale[0][region[0]].unique().tolist() == [pytest.approx(1 / int(region[0].sum()))]
+    assert scale[1][region[1]].tolist() == [0.5] * 4
+    heat = torch.zeros(1, 1, 16, 16)
+    heat[..., 0, :2] = heat[..., 15, 15] = 0.9
+    targets = torch.zeros(1, 1, 16, 16)
+    nothing = foreground_of_boxes(*pad_boxes([Boxes3D.empty()]), GRID, RegionConfig())
+    seen = false_positives("heat", RegionConfig(), targets, heat)
+    regions = split_regions(nothing, RegionConfig(), targets, seen, "component")
+    weights = regions.false_positive * regions.false_positive_scale
+    assert weights.sum() == 2 and weights[0, 0, 15, 15] == 1  # every component weighs the same
+
+
+def test_who_sees_a_false_positive_by_hand() -> None:
+    config = RegionConfig(teacher_threshold=0.1, target_threshold=0.3)
+    targets = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.3]).view(1, 1, 1, 5)  # the last lies in an object's halo
+    teacher = torch.tensor([0.2, 0.2, 0.5, 0.0, 0.9]).view(1, 1, 1, 5)
+    student = torch.tensor([0.0, 0.2, 0.9, 0.9, 0.9]).view(1, 1, 1, 5)
+    expected = {
+        "heat": [True, True, True, False, False],
+        "student": [False, True, True, True, False],
+        "teacher_selected_student": [False, True, False, True, False],
+        "union": [True, True, True, True, False],
+    }
+    for source, cells in expected.items():
+        assert false_positives(source, config, targets, teacher, student).flatten().tolist() == cells
+
+
 def test_regions_do_not_depend_on_velocity_that_is_unknown() -> None:
     unknown = boxes_of(CAR)
     unknown.boxes[:, 7:] = float("nan")
@@ -234,3 +317,8 @@ def test_region_settings_refuse_what_is_no_score() -> None:
         replace(RegionConfig(), teacher_threshold=1.5).__post_init__()
     with pytest.raises(ValueError, match="max_object_scale"):
         RegionConfig(max_object_scale=0)
+    with pytest.raises(ValueError, match="context ring around shape='gaussian'"):
+        RegionConfig(context=ContextConfig(), shape="gaussian")
+    for settings in ({"margin_cells": 0.0}, {"weight": 0.0}):
+        with pytest.raises(ValueError, match=next(iter(settings))):
+            ContextConfig(**settings)

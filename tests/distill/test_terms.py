@@ -7,6 +7,7 @@ from distillbev.distill.terms import (
     ChannelStandardise,
     ChannelStandardiseConfig,
     Reduction,
+    affinity_term,
     attention_term,
     background_term,
     false_positive_term,
@@ -89,6 +90,49 @@ def test_signed_and_absolute_attention_terms_agree_on_rectified_maps_only() -> N
     torch.testing.assert_close(*both(teacher.relu(), student.relu()))
     signed, absolute = both(teacher, student)
     assert signed != absolute
+
+
+def test_affinity_of_two_cells_is_the_distance_of_their_inner_products_by_hand() -> None:
+    teacher = torch.tensor([[[[1.0, 0.0, 9.0]], [[0.0, 2.0, 9.0]]]])  # (1, 2, 1, 3)
+    student = torch.tensor([[[[1.0, 1.0, 0.0]], [[0.0, 1.0, 0.0]]]])
+    cells = torch.tensor([[[[True, True, False]]]])
+    # Inner products: teacher (1, 0; 0, 4), student (1, 1; 1, 2). SmoothL1 of 0, 1, 1, 2: 0, 0.5, 0.5, 1.5.
+    assert affinity_term(teacher, student, cells, "sum").tolist() == [2.5 / 4]
+    # Means over two channels halve the differences to 0, 0.5, 0.5, 1: 0, 0.125, 0.125, 0.5.
+    assert affinity_term(teacher, student, cells, "mean").tolist() == [0.75 / 4]
+    assert affinity_term(teacher, student, cells & False, "sum").tolist() == [0.0]
+
+
+def test_affinity_does_not_change_when_all_channels_are_turned_together_or_cells_change_places() -> None:
+    torch.manual_seed(0)
+    teacher, student = torch.randn(2, 2, 4, 3, 5).unbind()
+    cells = torch.rand(2, 1, 3, 5) > 0.4
+    turned = torch.einsum("dc,bcyx->bdyx", torch.linalg.qr(torch.randn(4, 4)).Q, student)
+    once = affinity_term(teacher, student, cells, "sum")
+    torch.testing.assert_close(affinity_term(teacher, turned, cells, "sum"), once)
+    flipped = [maps.flip(2, 3) for maps in (teacher, student, cells)]
+    torch.testing.assert_close(affinity_term(*flipped, "sum"), once)
+    wide = [maps.repeat(1, 3, 1, 1) for maps in (teacher, student)]
+    mean = affinity_term(teacher, student, cells, "mean")
+    torch.testing.assert_close(affinity_term(*wide, cells, "mean"), mean)
+
+
+def test_affinity_has_the_gradient_of_finite_differences() -> None:
+    torch.manual_seed(0)
+    teacher, student = torch.randn(2, 1, 3, 2, 3, dtype=torch.float64).unbind()
+    cells = torch.tensor([[[[True, True, False], [True, False, True]]]])
+    student.requires_grad_()
+    assert torch.autograd.gradcheck(lambda s: affinity_term(teacher, s, cells, "sum"), student)
+
+
+def test_z_scores_do_not_depend_on_the_range_of_a_teacher_s_channel() -> None:
+    torch.manual_seed(0)
+    maps = torch.randn(2, 3, 8, 8)
+    other = maps * torch.tensor([5.0, 0.2, 40.0])[:, None, None] - 3
+    for statistics in ("batch", "running"):
+        config = ChannelStandardiseConfig(statistics=statistics)
+        scores, of_other = (ChannelStandardise(3, config)(teacher) for teacher in (maps, other))
+        torch.testing.assert_close(scores, of_other, rtol=0, atol=1e-3)
 
 
 def test_standardised_channels_have_mean_zero_deviation_one_and_stay_in_bounds() -> None:

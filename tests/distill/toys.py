@@ -8,6 +8,9 @@ from torch import Tensor, nn
 
 from distillbev.boxes import Boxes3D
 from distillbev.data.schema import Batch
+from distillbev.distill.adapters import LayeredAdapterConfig
+from distillbev.distill.distiller import DistillConfig, Distiller
+from distillbev.distill.settings import AttentionTermConfig, FalsePositiveConfig, TapConfig, TermConfig
 from distillbev.grid import BevGrid
 from distillbev.models.outputs import BevMap
 
@@ -94,3 +97,30 @@ class ToyTeacher(ToyNetwork):
         rows = torch.tensor([box(-2.0, 1.0, 4.0, 2.0, math.pi / 3), box(3.0, 5.0, 0.7, 0.7)])
         found = Boxes3D(rows, torch.tensor([0, 5]), torch.tensor([0.9, 0.2]))
         return [found for _ in output.heads[0]["heatmap"]]
+
+
+ALL_TERMS = TapConfig(
+    foreground=TermConfig(weight=1.0),
+    background=TermConfig(weight=1.0),
+    false_positive=FalsePositiveConfig(weight=1.0),
+    attention_imitation=AttentionTermConfig(weight=0.1),
+)
+STAGE = TapConfig(
+    student="stage0", teacher="stage0", adapter=LayeredAdapterConfig(), foreground=TermConfig(weight=1.0)
+)
+BOTH = DistillConfig(taps=(ALL_TERMS, STAGE))
+LABELLED = [boxes_of(CAR), boxes_of(CAR, CAR)]
+
+
+def make_distiller(config: DistillConfig = BOTH, channels: int = 8) -> Distiller:
+    teacher, student = ToyTeacher(channels, seed=1), ToyStudent(4, seed=2)
+    torch.manual_seed(3)
+    return Distiller.from_probe(teacher, student, config, make_batch(LABELLED))
+
+
+def imitation(losses: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: loss for name, loss in losses.items() if name.startswith("imitate/")}
+
+
+def total(losses: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.stack(list(losses.values())).sum()
