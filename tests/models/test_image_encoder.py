@@ -5,6 +5,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from msgspec.structs import replace
 from safetensors.torch import save_file
 from torch import nn
 
@@ -125,6 +126,21 @@ def test_public_weights_load_whole_and_their_classifier_is_named_as_left_out(
     assert f"{len(source.state_dict())} tensors" in report
     for key, value in encoder.backbone.state_dict().items():
         assert torch.equal(value, source.state_dict()[key]), key
+
+
+def test_computing_blocks_again_changes_neither_gradients_nor_batch_statistics() -> None:
+    torch.manual_seed(0)
+    plain = ResNet(SMALL)
+    again = ResNet(replace(SMALL, checkpoint_blocks=True))
+    again.load_state_dict(plain.state_dict())
+    images = torch.randn(2, 3, 64, 96)
+    for backbone in (plain, again):
+        sum(stage.square().mean() for stage in backbone(images)).backward()
+    for (name, expected), parameter in zip(plain.named_parameters(), again.parameters(), strict=True):
+        assert torch.allclose(parameter.grad, expected.grad, rtol=1e-5, atol=1e-7), name
+    for name, expected in plain.named_buffers():
+        if not name.endswith("num_batches_tracked"):
+            assert torch.equal(again.get_buffer(name), expected), name
 
 
 def test_a_backbone_starts_from_the_one_inside_a_student(tmp_path: Path) -> None:

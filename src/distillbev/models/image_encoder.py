@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from ..config import Config
 from ..errors import CheckpointError, ConfigError
+from .recompute import run_block
 
 # ImageNet's, RGB in 0-255: what every public backbone was trained with.
 MEAN_RGB = (123.675, 116.28, 103.53)
@@ -33,11 +34,13 @@ class ResNetConfig(Config, frozen=True):
     """Our ResNet; its keys are those of public checkpoints. `base_width` 64 is the published one.
 
     `stride_on`: the convolution of a bottleneck that halves the map; the first in weights of the "caffe" style.
+    `checkpoint_blocks` computes each block again on the way back instead of keeping it in memory.
     """
 
     depth: Literal[18, 34, 50, 101] = 50
     base_width: int = 64
     stride_on: Literal["3x3", "1x1"] = "3x3"
+    checkpoint_blocks: bool = False
 
     def __post_init__(self) -> None:
         if self.base_width < 1:
@@ -65,10 +68,14 @@ class PlainCnnConfig(Config, frozen=True):
 
 
 class TimmConfig(Config, frozen=True):
-    """A backbone of the timm library by its name there; `pretrained` lets timm fetch its weights."""
+    """A backbone of the timm library by its name there.
+
+    `pretrained` lets timm fetch its weights, `checkpoint_blocks` trades time for memory as timm does it.
+    """
 
     name: str = "convnext_tiny"
     pretrained: bool = False
+    checkpoint_blocks: bool = False
 
 
 class ImageEncoderConfig(Config, frozen=True):
@@ -91,6 +98,7 @@ class ResNet(nn.Module):
         super().__init__()
         block = Bottleneck if config.depth >= 50 else BasicBlock
         width = config.base_width
+        self.checkpoint_blocks = config.checkpoint_blocks
         self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
@@ -116,7 +124,8 @@ class ResNet(nn.Module):
         features = self.maxpool(functional.relu(self.bn1(self.conv1(images)), inplace=True))
         stages = []
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
-            features = layer(features)
+            for block in layer:
+                features = run_block(block, features, self.checkpoint_blocks)
             stages.append(features)
         return stages
 
@@ -217,6 +226,8 @@ class TimmBackbone(nn.Module):
             self.model = timm.create_model(config.name, pretrained=config.pretrained, features_only=True)
         except (RuntimeError, AttributeError, OSError, ValueError) as error:
             raise ConfigError(f"timm cannot build {config.name!r} as a backbone: {error}") from None
+        if config.checkpoint_blocks:
+            self.model.set_grad_checkpointing(True)
         self.out_channels = tuple(self.model.feature_info.channels())
         self.strides = tuple(self.model.feature_info.reduction())
 
