@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import sys
 import time
 from itertools import chain
 from pathlib import Path
@@ -429,6 +430,7 @@ class StepLog:
         line |= {
             "seconds_per_step": (now - self.since) / self.steps,
             "data_seconds_per_step": self.data_seconds / self.steps,
+            "peak_memory_gb": peak_memory_bytes() / 1e9,
         }
         if self.num_damaged:
             line["damaged_samples"] = self.num_damaged
@@ -440,6 +442,18 @@ class StepLog:
         note = f"loss {line['loss']:.3f}  {line['seconds_per_step']:.2f} s/step"
         self.progress.update(self.task, note=f"{note} (data {line['data_seconds_per_step']:.2f})")
         self.sums, self.counts, self.data_seconds, self.steps, self.since = {}, {}, 0.0, 0, now
+
+
+def peak_memory_bytes() -> int:
+    """The most that this process has held so far, on its GPU if it has one, else in main memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 class _Stopwatch:
