@@ -88,6 +88,14 @@ def test_a_text_that_looks_like_the_end_of_a_row_is_read_whole(
     assert_equal_to_json(spoilt_root)
 
 
+def test_a_row_of_over_64_kb_is_read_without_an_index(spoilt_root: Path, monkeypatch: pytest.MonkeyPatch):
+    edit_table(spoilt_root, "sample_data", lambda rows: rows[3].update(comment="long " * 20_000))
+    monkeypatch.setattr(index_writer, "_CHUNK_BYTES", 700)
+    with pytest.raises(NotIndexableError, match=r"sample_data\.json: a row of over 65536 bytes"):
+        build_index(spoilt_root / "v1.0-mini")
+    assert len(NuScenes(spoilt_root, use_index=True).sample("scene-a-sample-1", num_sweeps=2).sweeps) == 3
+
+
 def test_small_tables_are_read_without_an_index_until_one_is_prepared(spoilt_root: Path):
     assert not isinstance(NuScenes(spoilt_root)._tables, IndexedTables)
     build_index(spoilt_root / "v1.0-mini")
