@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -23,7 +24,8 @@ from .augment import (
     fitting_scale,
     plain_image_augmentation,
 )
-from .images import DecodedImage, load_image
+from .frame_cache import FrameCache, cached
+from .images import DecodedImage, load_image, reduction_for
 from .object_pasting import (
     LabelledCloud,
     ObjectDatabase,
@@ -101,6 +103,10 @@ class FrameDataset(Dataset[Batch]):
         self._earlier: dict[str, Sample] = {}  # by token
         self._images: dict[tuple[str, str], DecodedImage | NDArray[np.uint8]] = {}  # by token and channel
         self._points: dict[int, NDArray[np.float32]] = {}
+        on_disk = config.frame_cache
+        disk = None if on_disk is None else FrameCache(nuscenes.root, on_disk)
+        self._image_cache = disk if on_disk and on_disk.images else None
+        self._sweep_cache = disk if on_disk and on_disk.sweeps else None
         self.sweeps_without_virtual_points = 0
         if config.load_points and config.virtual_points is not None:
             require_same_tables(nuscenes, nuscenes.root / config.virtual_points.folder)
@@ -269,22 +275,52 @@ class FrameDataset(Dataset[Batch]):
     def _network_image(
         self, token: str, camera: CameraFrame, image_aug: ImageAugmentation
     ) -> NDArray[np.uint8]:
-        config = self.config
         key = (token, camera.channel)
         kept = self._images.get(key)
         if isinstance(kept, np.ndarray):
             return kept
-        if kept is None:
-            # The largest scale that may be drawn, so that what is decoded does not depend on the draw.
-            offset = config.image_aug.resize_range[1] if config.image_aug else config.image_resize_offset
-            scale = SHARPNESS * (
-                fitting_scale(camera.size_wh_px, config.image_size_px, config.image_fit) + offset
+        if self.config.image_aug is None:
+            settings = (
+                "network image",
+                camera.size_wh_px,
+                self._scale(camera),
+                self.config.exact_jpeg,
+                image_aug,
             )
-            kept = load_image(camera, scale, config.exact_jpeg)
-        image = image_aug.apply(kept)
+            image = kept = cached(
+                self._image_cache, [camera.path], settings, lambda: image_aug.apply(self._load_image(camera))
+            )
+        else:
+            kept = kept or self._decoded_image(camera)
+            image = image_aug.apply(kept)
         if self.cache:
-            self._images[key] = kept if config.image_aug else image
+            self._images[key] = kept
         return image
+
+    def _decoded_image(self, camera: CameraFrame) -> DecodedImage:
+        if self._image_cache is None:
+            return self._load_image(camera)
+        size_wh_px, exact = camera.size_wh_px, self.config.exact_jpeg
+        settings = (
+            "decoded image",
+            size_wh_px,
+            None if exact else reduction_for(size_wh_px, self._scale(camera)),
+        )
+        pixels = self._image_cache.array(
+            [camera.path], settings, lambda: np.asarray(self._load_image(camera).image)
+        )
+        return DecodedImage(
+            Image.fromarray(pixels), size_wh_px, round(size_wh_px[0] / pixels.shape[1]), exact
+        )
+
+    def _load_image(self, camera: CameraFrame) -> DecodedImage:
+        return load_image(camera, self._scale(camera), self.config.exact_jpeg)
+
+    def _scale(self, camera: CameraFrame) -> float:
+        """The scale to decode for: the largest that may be drawn, so that it does not depend on the draw."""
+        config = self.config
+        offset = config.image_aug.resize_range[1] if config.image_aug else config.image_resize_offset
+        return SHARPNESS * (fitting_scale(camera.size_wh_px, config.image_size_px, config.image_fit) + offset)
 
     def _raw_points(self, index: int, sample: Sample) -> NDArray[np.float32]:
         if index in self._points:
@@ -295,12 +331,24 @@ class FrameDataset(Dataset[Batch]):
                 "without LiDAR a student learns alone (student.depth_loss=null, or data.load_points=false)"
             )
         if self.config.virtual_points is None:
-            points = load_points(sample, self.config.remove_ego_radius_m)
+            points = self._joined_sweeps(sample)
         else:
             points = self._with_virtual_points(sample, self.config.virtual_points)
         if self.cache:
             self._points[index] = points
         return points
+
+    def _joined_sweeps(self, sample: Sample) -> NDArray[np.float32]:
+        radius_m = self.config.remove_ego_radius_m
+        poses = [sample.lidar2global, *(sweep.ego2global @ sweep.lidar2ego for sweep in sample.sweeps)]
+        times_us = [sweep.timestamp_us for sweep in sample.sweeps]
+        settings = ("sweeps", radius_m, times_us, np.stack(poses).tobytes())
+        return cached(
+            self._sweep_cache,
+            [sweep.path for sweep in sample.sweeps],
+            settings,
+            lambda: load_points(sample, radius_m),
+        )
 
     def _with_virtual_points(self, sample: Sample, source: VirtualPointsInput) -> NDArray[np.float32]:
         points, num_absent = load_mvp_points(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..config import Config
 from ..errors import ConfigError
 from .augment import BevAugConfig, ImageAugConfig, ImageFit
+from .frame_cache import FrameCacheConfig
 from .object_pasting import ObjectPastingConfig
 from .virtual_points import VirtualPointsInput
 
@@ -48,6 +49,7 @@ class DataConfig(Config, frozen=True):
     load_images: bool = True
     load_points: bool = True
     exact_jpeg: bool = False  # decode in full and resize as the reference does
+    frame_cache: FrameCacheConfig | None = None  # decoded images and joined sweeps, on disk
     remove_ego_radius_m: float = 1.0
     min_points_in_box: int = 1  # LiDAR and radar returns together; boxes with fewer are no targets
     max_box_distance_m: float | None = None  # from the LiDAR, along x or y; None for no limit
