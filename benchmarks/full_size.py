@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -33,7 +32,8 @@ from distillbev.models.detectors import build_teacher
 from distillbev.published import PUBLISHED
 from distillbev.train.checkpoint import save_weights
 from distillbev.train.experiment import Experiment
-from distillbev.train.loop import autocast, build_detector, build_objective, training_loader
+from distillbev.train.feed import Feed
+from distillbev.train.loop import autocast, build_detector, build_objective, peak_memory_bytes
 
 # Counted in the reference implementations, one process, no adapters.
 REFERENCE_PARAMETERS = {
@@ -89,9 +89,9 @@ def measure(name: str, root: Path, batch_size: int) -> dict[str, float]:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.manual_seed(0)
         objective = build_objective(experiment).to(device).train()
-        batch = next(iter(training_loader(experiment, NuScenes(root)))).to(device)
+        batch = next(iter(Feed(experiment, NuScenes(root)))).to(device)
         flops = forward_flops(objective.student, batch)
-        seconds = []
+        seconds, loss = 0.0, 0.0
         for step in range(3 if device.type == "cuda" else 1):  # a GPU's first step also chooses its kernels
             started = time.perf_counter()
             with autocast("auto", device):
@@ -99,13 +99,13 @@ def measure(name: str, root: Path, batch_size: int) -> dict[str, float]:
             total = torch.stack([loss.float() for loss in losses.values()]).sum()
             total.backward()
             loss = float(total)
-            seconds.append(time.perf_counter() - started)
+            seconds = time.perf_counter() - started
         assert all(p.grad is None or p.grad.isfinite().all() for p in objective.parameters())
         return {
             "parameters": parameters,
             "gflops": flops / 1e9 / batch_size,
-            "seconds": seconds[-1],
-            "gigabytes": peak_bytes(device) / 1e9,
+            "seconds": seconds,
+            "gigabytes": peak_memory_bytes() / 1e9,
             "loss": loss,
         }
 
@@ -165,12 +165,6 @@ def forward_flops(detector: torch.nn.Module, batch: Batch) -> int:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         detector(batch)
     return counter.get_total_flops()
-
-
-def peak_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts in KiB
 
 
 def device_name() -> str:
