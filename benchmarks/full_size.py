@@ -61,7 +61,7 @@ def main() -> None:
     print(
         f"batch {arguments.batch}, {device_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n"
     )
-    print("| recipe | parameters | reference | forward GFLOPs | step s | peak GB | loss |")
+    print(f"| recipe | parameters | reference | forward GFLOPs | step {unit} s | peak GB | loss |")
     print("|---|---|---|---|---|---|---|")
     for name in arguments.recipes.split(","):
         command = [sys.executable, __file__, str(arguments.root), "--recipes", name, "--one"]
@@ -93,13 +93,13 @@ def measure(name: str, root: Path, batch_size: int) -> dict[str, float]:
         flops = forward_flops(objective.student, batch)
         seconds, loss = 0.0, 0.0
         for step in range(3 if device.type == "cuda" else 1):  # a GPU's first step also chooses its kernels
-            started = time.perf_counter()
+            started = clock(device)
             with autocast("auto", device):
                 losses = objective(batch, step)
             total = torch.stack([loss.float() for loss in losses.values()]).sum()
             total.backward()
             loss = float(total)
-            seconds = time.perf_counter() - started
+            seconds = clock(device) - started
         assert all(p.grad is None or p.grad.isfinite().all() for p in objective.parameters())
         return {
             "parameters": parameters,
@@ -165,6 +165,14 @@ def forward_flops(detector: torch.nn.Module, batch: Batch) -> int:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         detector(batch)
     return counter.get_total_flops()
+
+
+def clock(device: torch.device) -> float:
+    """Seconds: of all threads' work on a CPU, which others' load does not change; of the wall on a GPU."""
+    if device.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def device_name() -> str:
