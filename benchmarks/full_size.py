@@ -58,6 +58,7 @@ def main() -> None:
     if arguments.one:
         print(json.dumps(measure(arguments.recipes, arguments.root, arguments.batch)))
         return
+    unit = "GPU" if torch.cuda.is_available() else "CPU"
     print(
         f"batch {arguments.batch}, {device_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n"
     )
