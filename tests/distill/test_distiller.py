@@ -373,7 +373,7 @@ def test_false_positives_may_be_those_of_the_student_and_teach_it_no_way_around(
     (gradient,) = torch.autograd.grad(losses["imitate/head/false_positive"], heat, allow_unused=True)
     assert gradient is None
 
-    class Silent(ToyStudent):
+    class Silent(ToyNetwork):
         def forward(self, batch):
             return replace_fields(super().forward(batch), heads=[])
 

@@ -26,7 +26,7 @@ from distillbev.models.lift import (
     LiftConfig,
     depth_loss,
     depth_targets,
-    measured_now,
+    points_now,
 )
 
 NETS: list[DepthNetConfig] = [ReleaseDepthNetConfig(mid_channels=8), MegviiDepthNetConfig(mid_channels=8)]
@@ -147,9 +147,9 @@ def look_ahead() -> tuple[Tensor, Tensor]:
     return cam2img[None, None], torch.eye(4)[None, None]
 
 
-def targets_of(points: Tensor, labels: DepthLabels = "centred") -> Tensor:
+def targets_of(points: Tensor, labels: DepthLabels = "centred", virtual_points: bool = False) -> Tensor:
     bins = DepthBins(start_m=2, stop_m=6, step_m=1)
-    return depth_targets([points], *look_ahead(), bins, (3, 4), stride_px=10, labels=labels)[0, 0]
+    return depth_targets([points], *look_ahead(), bins, (3, 4), 10, labels, virtual_points)[0, 0]
 
 
 def at_pixel(u: float, v: float, depth: float, time: float = 0.0) -> list[float]:
@@ -198,12 +198,11 @@ def test_labels_come_from_real_points_of_this_moment_only() -> None:
     expected = torch.full((3, 4), -1)
     expected[1, 1] = 2
     assert torch.equal(targets_of(rows), expected)
-    assert len(measured_now(rows)) == 1
-    # Asked for: all points of this moment, virtual ones too, in five columns.
-    everything = torch.cat([rows[:, :4], rows[:, TIME_COLUMN : TIME_COLUMN + 1]], dim=1)
-    assert int((targets_of(everything) >= 0).sum()) == 2
+    assert len(points_now(rows)) == 1
+    expected[1, 1], expected[1, 2] = 1, 1  # the nearer virtual point, and the copy of a point in a mask
+    assert torch.equal(targets_of(rows, virtual_points=True), expected)
     with pytest.raises(DataError, match="points of 6 columns"):
-        measured_now(torch.zeros(3, 6))
+        points_now(torch.zeros(3, 6))
 
 
 def test_the_release_s_loss_divides_by_all_bins_and_ours_may_divide_by_cells_with_points() -> None:

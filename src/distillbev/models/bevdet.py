@@ -191,7 +191,14 @@ class BevDet(nn.Module):
         H, W = depth_logits.shape[-2:]
         bins, stride_px = self.config.lift.depth, self.image_encoder.stride
         targets = depth_targets(
-            batch.points, batch.cam2img, batch.cam2lidar, bins, (H, W), stride_px, config.labels
+            batch.points,
+            batch.cam2img,
+            batch.cam2lidar,
+            bins,
+            (H, W),
+            stride_px,
+            config.labels,
+            config.virtual_points,
         )
         return depth_loss(depth_logits, targets, config)
 

@@ -83,11 +83,14 @@ class DepthLossConfig(Config, frozen=True):
     likelihood of the true bin. `mean_over`: the sum is divided by the cells that have a point, or by all bins
     of all cells.
     `labels`: which cell a point belongs to, and which bin a depth; see `depth_targets`.
+    `virtual_points`: those of an MVP teacher label cells as well, as in the release, where the gain of such a
+    teacher is then one of imitation and of denser depth labels.
     """
 
     loss: Literal["softmax_bce", "sigmoid_bce", "cross_entropy"] = "softmax_bce"
     mean_over: Literal["labelled_cells", "all_bins"] = "labelled_cells"
     labels: DepthLabels = "centred"
+    virtual_points: bool = False
     weight: float = 3.0
 
     @classmethod
@@ -292,11 +295,12 @@ def depth_targets(
     feature_hw: tuple[int, int],
     stride_px: int,
     labels: DepthLabels = "centred",
+    virtual_points: bool = False,
 ) -> Tensor:
     """Which depth bin each feature cell should choose, as the LiDAR sees it.
 
     Args:
-        points: per sample (P, 5), see `Batch.points`, or MVP's 17 columns; see `measured_now`.
+        points: per sample (P, 5), see `Batch.points`, or MVP's 17 columns.
         cam2img: (B, N, 4, 4).
         cam2lidar: (B, N, 4, 4).
         bins: the bins.
@@ -307,12 +311,15 @@ def depth_targets(
             and points less than a pixel left of or above the image count as on it. "release": bins so too,
             but a point belongs to the nearest corner of cells, and only points within the bins' range compete
             for a cell.
+        virtual_points: see `points_now`.
 
     Returns:
         (B, N, H, W) int64: the bin of the nearest point in the cell, -1 where none has one.
     """
     within = (bins.start_m, bins.stop_m) if labels == "release" else None
-    nearest = nearest_depths(points, cam2img, cam2lidar, feature_hw, stride_px, labels, within)
+    nearest = nearest_depths(
+        points, cam2img, cam2lidar, feature_hw, stride_px, labels, within, virtual_points
+    )
     return depth_bins(nearest, bins, nearest_bin=labels == "centred")
 
 
@@ -324,6 +331,7 @@ def nearest_depths(
     stride_px: int,
     labels: DepthLabels = "centred",
     within_m: tuple[float, float] | None = None,
+    virtual_points: bool = False,
 ) -> Tensor:
     """(B, N, H, W) metres along the optical axis to the nearest point of each feature cell, inf where none is.
 
@@ -337,7 +345,8 @@ def nearest_depths(
         lidar2img = cam2img[..., :3, :3] @ torch.linalg.inv(cam2lidar)[..., :3, :]  # (B, N, 3, 4)
         nearest = cam2img.new_full((B, N * H * W + 1), math.inf)  # the last entry takes what lies outside
         for sample in range(B):
-            homogeneous = functional.pad(measured_now(points[sample])[:, :3], (0, 1), value=1.0)  # (P, 4)
+            xyz_m = points_now(points[sample], virtual_points)[:, :3]
+            homogeneous = functional.pad(xyz_m, (0, 1), value=1.0)  # (P, 4)
             projected = torch.einsum("nij,pj->npi", lidar2img[sample], homogeneous)  # u*d, v*d, d
             depth = projected[..., 2]
             pixel = projected[..., :2] / depth.clamp(min=1e-3)[..., None]
@@ -361,17 +370,18 @@ def depth_bins(depths_m: Tensor, bins: DepthBins, nearest_bin: bool = True) -> T
     return torch.where(known, chosen, -1).long()
 
 
-def measured_now(points: Tensor) -> Tensor:
+def points_now(points: Tensor, virtual_points: bool = False) -> Tensor:
     """The points of the key sweep (time 0): what moves is elsewhere in older ones.
 
-    Of MVP's 17 columns only measured points count: virtual ones are guesses, and would teach a student's depth
-    what its teacher's input was given. To have them all the same, pass their first four columns and the time.
+    Of MVP's 17 columns only measured points count unless `virtual_points` asks for all: virtual ones are
+    guesses, and would teach a student's depth what its teacher's input was given.
 
     Raises:
         DataError: points of neither form.
     """
     if points.shape[1] == NUM_COLUMNS:
-        return points[(points[:, TIME_COLUMN] == 0) & (points[:, FLAG_COLUMN] == MEASURED)]
+        now = points[points[:, TIME_COLUMN] == 0]
+        return now if virtual_points else now[now[:, FLAG_COLUMN] == MEASURED]
     if points.shape[1] != 5:
         raise DataError(
             f"points of {points.shape[1]} columns; the depth loss reads 5 (x, y, z, intensity, time) or "
