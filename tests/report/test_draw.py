@@ -178,7 +178,7 @@ def test_a_mosaic_shows_images_of_other_shapes_whole(tmp_path: Path):
     upright = replace(sample.cameras[1], size_wh_px=(90, 300), path=tmp_path / "upright.png")
     Image.new("RGB", upright.size_wh_px, (0, 200, 0)).save(upright.path)
     mosaic = camera_mosaic(replace(sample, cameras=(sample.cameras[0], upright)), tile_width_px=200)
-    assert mosaic.size == (2 * 206 + 6, 34 + 150 + 6)  # the place of an image is no taller than 4:3
+    assert mosaic.size == (2 * 206 + 6, 34 + 150 + 6)  # no row is higher than a 4:3 image of full width
     columns = painted(mosaic, (0, 200, 0))[:, 0]
     assert columns.max() - columns.min() + 1 == 45
 

@@ -200,25 +200,32 @@ def camera_mosaic(
 ) -> Image.Image:
     """All cameras of a sample in rows of up to three, with boxes and points (LiDAR frame) on the pixels.
 
-    Images of any sizes: each fills the width of its place, those taller than 4:3 its height. `ground` draws
+    Images of any sizes: those of a row have one height, and fill it where that is not too high. `ground` draws
     `draw_ground_on_image` over them.
 
     Raises:
         DataError: an image is absent, damaged or of another size than the tables say.
     """
-    tiles = [_camera_tile(sample, camera, layers, points, tile_width_px, ground) for camera in sample.cameras]
-    columns = 2 if len(tiles) in (2, 4) else min(3, max(len(tiles), 1))
-    rows = [tiles[first : first + columns] for first in range(0, len(tiles), columns)]
-    heights = [max(tile.height for tile in row) for row in rows]
+    count = len(sample.cameras)
+    columns = 2 if count in (2, 4) else min(3, max(count, 1))
+    rows = [sample.cameras[first : first + columns] for first in range(0, count, columns)]
     legend = _legend_of_ground() if ground else _legend_of_boxes(layers)
     gap, header, footer = 6, 34, 34 if legend else 0
     width = columns * (tile_width_px + gap) + gap
+    heights: list[int] = []
+    for row in rows:
+        fitting = (width - gap * (len(row) + 1)) / sum(map(_aspect, row))
+        # A last row with fewer images is no higher than the first.
+        highest = heights[0] if heights and len(row) < columns else 0.75 * tile_width_px
+        heights.append(round(min(fitting, highest)))
     picture = Image.new("RGB", (width, header + sum(heights) + gap * len(rows) + footer), BACKGROUND)
     top = header
     for row, height in zip(rows, heights, strict=True):
-        for column, tile in enumerate(row):
-            left = gap + column * (tile_width_px + gap)
-            picture.paste(tile, (left + (tile_width_px - tile.width) // 2, top + (height - tile.height) // 2))
+        tiles = [_camera_tile(sample, camera, layers, points, height, ground) for camera in row]
+        left = gap if len(row) < columns else (width - sum(tile.width + gap for tile in tiles) + gap) // 2
+        for tile in tiles:
+            picture.paste(tile, (left, top))
+            left += tile.width + gap
         top += height + gap
     pen = ImageDraw.Draw(picture)
     pen.text((gap + 6, header / 2), title or sample.scene, INK, font=font(15), anchor="lm")
@@ -396,18 +403,22 @@ def _stamp_discs(
     canvas[y[inside], x[inside]] = np.repeat(colours, disc.sum(), axis=0)[inside]
 
 
+def _aspect(camera: CameraFrame) -> float:
+    return max(camera.size_wh_px[0], 1) / max(camera.size_wh_px[1], 1)
+
+
 def _camera_tile(
     sample: Sample,
     camera: CameraFrame,
     layers: Sequence[BoxLayer],
     points: NDArray[np.floating] | None,
-    cell_width_px: int,
+    height_px: int,
     ground: bool,
 ) -> Image.Image:
     source = np.array(camera.size_wh_px)
-    size = np.round(source * min(cell_width_px / source[0], 0.75 * cell_width_px / source[1])).astype(int)
-    image = load_image(camera, float(size[0] / source[0])).image
-    image = image.resize((int(size[0]), int(size[1])), Image.Resampling.BICUBIC)
+    size = np.array([max(round(height_px * _aspect(camera)), 1), height_px])
+    image = load_image(camera, float(height_px / max(source[1], 1))).image
+    image = image.resize((int(size[0]), height_px), Image.Resampling.BICUBIC)
     lidar2img = np.diag([*(size / source), 1.0, 1.0]) @ lidar_to_image(sample, camera)
     if ground:
         image = draw_ground_on_image(image, sample.lidar2ego, lidar2img)
