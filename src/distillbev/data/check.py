@@ -8,6 +8,7 @@ from ..errors import DataError
 from .check_recordings import check_files, check_frames, check_points_in_boxes
 from .check_tables import check_boxes, check_intrinsics, check_links, check_poses, check_time, rows_by_token
 from .findings import Finding, Findings
+from .index import damaged_files, find_index
 from .samples import NuScenes
 from .tables import find_version_folder
 
@@ -38,6 +39,11 @@ def check_dataset(
     tables_are_right = not findings.has_errors
     check_files(folder.parent, tables, files_per_channel, findings)
     del tables
+    index = find_index(folder)
+    for name in damaged_files(index) if index is not None else ():
+        findings.add(
+            "error", "index: a file is damaged; delete its folder, and it is built anew", str(index / name)
+        )
     if tables_are_right:
         nuscenes = NuScenes(folder, use_index=False)
         check_splits(nuscenes, findings)

@@ -12,12 +12,13 @@ from ..errors import DataError
 from ..geometry import invert_rigid, project_to_image, transform_points
 from .files import stays_inside
 from .findings import Findings
-from .images import load_image
+from .images import has_hidden_damage, load_image
 from .points import count_points_in_boxes, read_sweep
 from .samples import NuScenes
 from .schema import Annotations, CameraFrame, LidarSweep, Sample
 from .tables import SampleDataRow
 
+MOST_SWEEPS = 9  # before the key sweep, that recipes join
 SEEN_WITHIN_M = 40.0  # an object with LiDAR points on it this near should be on some image
 FEWEST_OBJECTS = 20  # that a share of objects is computed from
 FEWEST_POINTS = 5  # of a box, for the lack of any to mean something
@@ -48,6 +49,9 @@ def check_files(
             except DataError as error:
                 what = "an image" if modality == "camera" else "LiDAR points"
                 findings.add("error", f"file: {what} of {channel} cannot be used", str(error))
+            else:
+                if modality == "camera" and has_hidden_damage(root / rows[place].filename):
+                    findings.add("warning", "file: an image is damaged, yet decodes", rows[place].filename)
 
 
 def _read(root: Path, row: SampleDataRow, modality: str, channel: str) -> None:
@@ -73,7 +77,7 @@ def check_frames(nuscenes: NuScenes, findings: Findings) -> None:
     seen_by: dict[str, int] = {}
     for token in nuscenes.sample_tokens():
         try:
-            sample = nuscenes.sample(token)
+            sample = nuscenes.sample(token, MOST_SWEEPS)
         except DataError as error:
             findings.add("error", "sample: cannot be read", str(error))
             continue

@@ -31,6 +31,7 @@ class Findings:
         return any(severity == "error" for severity, _ in self._counts)
 
     def add(self, severity: Severity, what: str, where: str) -> None:
+        where = where if where.isprintable() else ascii(where)  # a terminal obeys control characters
         kind = (severity, what)
         self._counts[kind] = self._counts.get(kind, 0) + 1
         if self._counts[kind] <= NUM_EXAMPLES:

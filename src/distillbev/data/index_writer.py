@@ -37,7 +37,6 @@ from .token_keys import TokenOrder
 
 # The biggest table goes to a second process, unless the start of one (0.2 s) would be longer than the work.
 SECOND_PROCESS_FROM_BYTES = 32 * 2**20
-LONGEST_TEXT = 255  # characters; columns are as wide as their longest text
 
 _CHUNK_BYTES = 8 * 2**20
 _LONGEST_ROW_BYTES = 2**16  # those of nuScenes have some 500
@@ -249,10 +248,8 @@ def _annotation_columns(rows: list[AnnotationRow], codes: CodesOfColumns) -> Col
 
 
 def _texts(texts: list[str]) -> NDArray[np.bytes_]:
-    if max(map(len, texts), default=0) > LONGEST_TEXT or "\0" in "".join(texts):
-        raise NotIndexableError(
-            f"a token or file name of over {LONGEST_TEXT} characters, or with a zero byte"
-        )
+    if "\0" in "".join(texts):
+        raise NotIndexableError("a token or file name with a zero byte, which numpy takes for padding")
     try:
         return np.array(texts, dtype=np.bytes_)  # four times as fast as what follows, but ASCII only
     except UnicodeEncodeError:

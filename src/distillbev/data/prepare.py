@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from ..errors import DataError
-from .index import build_index, changed_tables, find_index
+from .index import build_index, changed_tables, find_index, index_folders
 from .index_writer import NotIndexableError
 from .tables import find_version_folder
 
@@ -25,6 +25,11 @@ def prepare(root: Path, version: str | None = None) -> str:
     except NotIndexableError as error:
         raise DataError(
             f"{folder}: no index, for {error}; `distillbev prepare {root} --check` lists what is wrong"
+        ) from None
+    except OSError as error:
+        raise DataError(
+            f"{folder}: no index, for neither {' nor '.join(str(place.parent) for place in index_folders(folder))} "
+            f"can be written: {error}; make room there, or set XDG_CACHE_HOME to another place"
         ) from None
     size_mb = sum(path.stat().st_size for path in place.iterdir()) / 1e6
     told = f"built in {time.perf_counter() - start:.1f} s" if there is None else "up to date"

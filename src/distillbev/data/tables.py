@@ -285,8 +285,8 @@ class Tables:
             for neighbour in (first, row, last)
         ]
         for neighbour, field, right in (
-            (first, "prev", first is row or times[0] < times[1]),
-            (last, "next", last is row or times[1] < times[2]),
+            (first, "prev", not row.prev or times[0] < times[1]),
+            (last, "next", not row.next or times[1] < times[2]),
         ):
             if neighbour.instance_token != row.instance_token or not right:
                 raise DataError(
