@@ -252,3 +252,12 @@ def test_impossible_settings_are_refused(config: type, values: dict):
 def test_a_scale_that_reaches_zero_is_refused():
     with pytest.raises(ConfigError, match=r"1600x900 would be scaled by -0\.060"):
         plain_image_augmentation((1600, 900), (704, 256), resize_offset=-0.5)
+
+
+@pytest.mark.parametrize("count", [0, 1, 8191, 8192, 20000])
+def test_many_points_move_as_each_of_them(count: int):
+    points = np.random.default_rng(count).normal(size=(count, 5)).astype(np.float32)
+    matrix = BevAugmentation(rotation_rad=0.3, scale=1.02, flip_x=True).matrix
+    moved = augment_points(matrix, points)
+    np.testing.assert_allclose(moved[:, :3], transform_points(matrix, points[:, :3]), atol=1e-5)
+    np.testing.assert_array_equal(moved[:, 3:], points[:, 3:])

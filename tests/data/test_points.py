@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distillbev.data.points import count_points_in_boxes, load_points
+from distillbev.data.points import count_points_in_boxes, load_points, load_points_one_by_one
 from distillbev.data.samples import NuScenes
 from distillbev.errors import DataError
 from distillbev.geometry import invert_rigid, pose_matrix, quaternion_to_rotation, transform_points
@@ -19,6 +19,35 @@ def test_returns_from_the_car_itself_are_dropped_and_columns_are_in_order(tiny: 
     assert load_points(sample, remove_ego_radius_m=0).shape == (52, 5)
     assert set(points[:, 3]) == {40.0}
     assert set(points[:, 4]) == {0.0}
+
+
+@pytest.mark.parametrize("num_sweeps", [0, 1, 9])
+@pytest.mark.parametrize("radius_m", [0.0, 1.0, 8.0])
+def test_sweeps_joined_at_once_equal_sweeps_joined_one_by_one(
+    tiny: NuScenes, num_sweeps: int, radius_m: float
+):
+    sample = tiny.sample("scene-b-sample-2", num_sweeps)
+    joined, expected = load_points(sample, radius_m), load_points_one_by_one(sample, radius_m)
+    assert joined.shape == expected.shape
+    assert joined.dtype == expected.dtype == np.float32
+    np.testing.assert_allclose(joined[:, :3], expected[:, :3], rtol=1e-6, atol=1e-5)
+    np.testing.assert_array_equal(joined[:, 3:], expected[:, 3:])
+    key = expected[:, 4] == 0
+    np.testing.assert_array_equal(joined[key], expected[key])
+    assert len(np.unique(joined[:, 4])) == num_sweeps + 1
+
+
+def test_what_stands_still_in_the_world_stands_still_in_all_sweeps_and_their_times_go_back(tiny: NuScenes):
+    points = load_points(tiny.sample("scene-a-sample-2", num_sweeps=9))
+    landmark = points[::51]  # the first of each sweep's points
+    np.testing.assert_allclose(landmark[:, :3], landmark[:1, :3].repeat(10, axis=0), atol=1e-4)
+    np.testing.assert_allclose(landmark[:, 4], -0.1 * np.arange(10), atol=1e-6)
+
+
+def test_the_car_itself_is_removed_from_each_sweep_before_it_moves(tiny: NuScenes):
+    sample = tiny.sample("scene-a-sample-2", num_sweeps=9)
+    every, some = load_points(sample, remove_ego_radius_m=0), load_points(sample)
+    assert len(every) - len(some) == 10  # one return from the car in each sweep
 
 
 def test_a_truncated_point_file_names_file_and_sizes(spoilt_root: Path):

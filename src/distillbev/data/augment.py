@@ -215,8 +215,11 @@ def augment_boxes(bev_aug: NDArray[np.float64], boxes: NDArray[np.floating]) -> 
 def augment_points(bev_aug: NDArray[np.float64], points: NDArray[np.float32]) -> NDArray[np.float32]:
     """Points (P, >=3) through a (4, 4) matrix: a copy with x, y, z moved, the other columns as they are."""
     matrix = bev_aug.astype(np.float32)
-    moved = points.copy()
-    moved[:, :3] = points[:, :3] @ matrix[:3, :3].T + matrix[:3, 3]
+    moved = np.empty_like(points)
+    for start in range(0, len(points), 8192):  # what is made on the way stays small and in the cache
+        rows = slice(start, start + 8192)
+        moved[rows] = points[rows]
+        moved[rows, :3] = points[rows, :3] @ matrix[:3, :3].T + matrix[:3, 3]
     return moved
 
 
