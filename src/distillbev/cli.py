@@ -6,12 +6,16 @@ torch is imported inside the commands that need it, so that `--help` answers at 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from .errors import DistillBevError
+
+if TYPE_CHECKING:
+    from .data.findings import Finding
 
 app = typer.Typer(
     help="Camera-only bird's-eye-view 3-D detectors that learn by imitating LiDAR detectors.",
@@ -122,19 +126,9 @@ def prepare(
     if not check:
         typer.echo(prepare_index(root))
         return
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
     from .data.check import check_dataset
 
-    findings = check_dataset(root, files_per_channel=files or None)
-    table = Table("severity", "what", "count", "examples")
-    for finding in findings:
-        table.add_row(*map(escape, (finding.severity, finding.what, str(finding.count), finding.examples)))
-    Console().print(table)
-    if any(finding.severity == "error" for finding in findings):
-        raise typer.Exit(1)
+    _print_findings(check_dataset(root, files_per_channel=files or None))
 
 
 @app.command("virtual-points")
@@ -176,17 +170,36 @@ def virtual_points(
 @app.command("import-weights")
 def import_weights(
     file: Annotated[Path, typer.Argument(help="Published checkpoint: .pth or .safetensors.")],
-    out: Annotated[Path, typer.Argument(help="The new .safetensors file.")],
-    lax: Annotated[bool, typer.Option("--lax", help="Leave out keys that have no name of ours.")] = False,
+    out: Annotated[
+        Path, typer.Argument(help="A new .safetensors file, or with --recipe the folder of a run.")
+    ],
+    recipe: Annotated[
+        str | None, typer.Option(help="The model to hold them against; as their shapes tell if not given.")
+    ] = None,
+    lax: Annotated[
+        bool,
+        typer.Option("--lax", help="Write what there is: keys left out, missing or unfit are told only."),
+    ] = False,
     mmdet3d: Annotated[
         str | None,
         typer.Option(help="Version of mmdetection3d that trained it; as the file says if not given."),
     ] = None,
+    pixels: Annotated[
+        str | None,
+        typer.Option(
+            help="Images it was trained on: rgb, bgr or swapped; as its authors had it if not given."
+        ),
+    ] = None,
+    overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Convert published weights to ours, and report every key; nothing in the file is run."""
+    from .recipes import experiment_from
     from .weights.convert import import_weights as convert_file
 
-    typer.echo(convert_file(file, out, lax, mmdet3d))
+    experiment = recipe and experiment_from(recipe, Path(), None, None, overrides)
+    typer.echo(
+        convert_file(file, out, experiment=experiment or None, lax=lax, version=mmdet3d, pixels=pixels)
+    )
 
 
 @app.command()
@@ -216,15 +229,50 @@ def train(
 
 @app.command()
 def evaluate(
-    run: Run,
+    source: Annotated[
+        Path, typer.Argument(help="Folder of a finished run, or an official results file of any detector.")
+    ],
     data: DataRoot,
     split: Split = "val",
-    out: Annotated[Path | None, typer.Option("--out", help="Folder; inside the run if not given.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder; beside the source if not given.")] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="List all faults of a results file instead; 1 if faulty.")
+    ] = False,
+    overrides: Overrides = [],  # noqa: B006
 ) -> None:
-    """Score a trained detector: nuScenes metrics table and official results file."""
-    from .scoring import evaluate_run
+    """Score a trained detector or a results file: nuScenes metrics table, official results file."""
+    from .scoring import check_file, evaluate_file, evaluate_run
 
-    typer.echo(evaluate_run(run, data, split, out or run / f"evaluation-{split}").table)
+    if source.is_dir():
+        if check or overrides:
+            fail(f"{source}: --check and --set are for results files; a run brings its own settings")
+        scored = evaluate_run(source, data, split, out or source / f"evaluation-{split}")
+        if scored is not None:  # the first of several processes tells
+            typer.echo(scored.table)
+        return
+    if check:
+        _print_findings(check_file(source, data, split))
+        return
+    folder = out or source.parent / f"{source.stem}-{split}"
+    typer.echo(evaluate_file(source, data, split, folder, overrides).table)
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(help="A: a results file of any detector, or a run folder.")],
+    second: Annotated[Path, typer.Argument(help="B: another one.")],
+    data: DataRoot,
+    split: Split = "val",
+    out: Out = Path("comparison"),
+    frames: Annotated[int, typer.Option(min=0, help="How many of the most different frames to show.")] = 6,
+    repeats: Annotated[int, typer.Option(min=1, help="Draws of scenes for the intervals.")] = 1000,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Show two results side by side: tables with intervals, and a page with the frames that differ most."""
+    from .scoring import compare_results
+
+    typer.echo(compare_results(first, second, data, split, out, frames, repeats, overrides))
+    typer.echo(f"\n{out / 'comparison.html'}")
 
 
 @app.command()
@@ -305,6 +353,21 @@ def recipes() -> None:
     for name, recipe in RECIPES.items():
         table.add_row(name, (recipe.__doc__ or "").splitlines()[0])
     Console().print(table)
+
+
+def _print_findings(findings: Iterable[Finding]) -> None:
+    """A table of what is wrong; ends the command with 1 where that is an error."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("severity", "what", "count", "examples")
+    findings = list(findings)
+    for finding in findings:
+        table.add_row(*map(escape, (finding.severity, finding.what, str(finding.count), finding.examples)))
+    Console().print(table)
+    if any(finding.severity == "error" for finding in findings):
+        raise typer.Exit(1)
 
 
 def _split_count(text: str) -> tuple[str, int]:

@@ -47,14 +47,15 @@ def test_a_key_without_a_name_of_ours_is_refused_unless_told_otherwise(tmp_path:
     report = import_weights(PILLARS, out, lax=True)
     assert len(report.unused) == 24
     assert all(name.startswith("variant_") for name in report.unused)
-    assert f"unused   {report.unused[0]}" in str(report)
+    assert f"unused    {report.unused[0]}" in str(report)
 
 
 def test_kernels_of_spconv_1_come_out_as_those_of_spconv_2() -> None:
     second = load_file(VOXELS)
     first = {n: w.permute(1, 2, 3, 4, 0).contiguous() if w.ndim == 5 else w for n, w in second.items()}
-    expected, _ = convert(Published(second, "", None))
-    state, report = convert(Published(first, "", None))
+    expected = convert(Published(second, "", None)).state
+    converted = convert(Published(first, "", None))
+    state, report = converted.state, converted.report
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[name], expected[name]) for name in expected)
     kernels = [n for n, change in report.reordered if "spconv" in change]
@@ -63,14 +64,15 @@ def test_kernels_of_spconv_1_come_out_as_those_of_spconv_2() -> None:
 
 def test_boxes_from_version_1_on_keep_their_rows() -> None:
     weights = load_file(BEVDET)
-    state, report = convert(Published(weights, "", "1.0.0rc4"))
+    converted = convert(Published(weights, "", "1.0.0rc4"))
+    state, report = converted.state, converted.report
     name = "task_heads.0.rot.1.weight"
     assert torch.equal(state[f"head.{name}"], weights[f"pts_bbox_head.{name}"])
     assert report.reordered == []
     assert "1.0.0rc4, as the file says" in report.boxes
-    told, report = convert(Published(weights, "", "1.0.0rc4"), version="0.17.1")
-    assert torch.equal(told[f"head.{name}"], -weights[f"pts_bbox_head.{name}"][[1, 0]])
-    assert "as told" in report.boxes
+    told = convert(Published(weights, "", "1.0.0rc4"), version="0.17.1")
+    assert torch.equal(told.state[f"head.{name}"], -weights[f"pts_bbox_head.{name}"][[1, 0]])
+    assert "as told" in told.report.boxes
 
 
 def test_box_codes_of_both_versions_come_to_the_same_code_of_ours() -> None:
@@ -86,7 +88,7 @@ def test_box_codes_of_both_versions_come_to_the_same_code_of_ours() -> None:
 def queries() -> dict[str, Tensor]:
     head = "pts_bbox_head."
     return {
-        "img_backbone.conv1.weight": torch.zeros(1),
+        "img_backbone.conv1.weight": torch.zeros(4, 3, 7, 7),
         head + "code_weights": torch.ones(10),
         head + "transformer.encoder.layers.0.attentions.0.value_proj.bias": torch.zeros(4),
         head + "transformer.encoder.layers.0.attentions.1.deformable_attention.value_proj.bias": torch.zeros(
@@ -98,7 +100,8 @@ def queries() -> dict[str, Tensor]:
 
 
 def test_a_whole_bevformer_comes_out_under_our_names() -> None:
-    state, report = convert(Published(queries(), "", "0.17.1"))
+    converted = convert(Published(queries(), "", "0.17.1"))
+    state, report = converted.state, converted.report
     assert sorted(state) == [
         "encoder.layers.0.spatial.value_proj.bias",
         "encoder.layers.0.temporal.value_proj.bias",

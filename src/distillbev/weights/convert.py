@@ -2,126 +2,327 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from msgspec.structs import replace
 from torch import Tensor
 
+from ..config import write_config
 from ..errors import CheckpointError
+from ..models.bevdet import BevDetConfig
+from ..models.detectors import StudentConfig, TeacherConfig
 from ..train.checkpoint import save_weights
+from ..train.experiment import Experiment
+from ..train.loop import ADAPTERS_FILE, WEIGHTS_FILE
+from .fit import Misfit, infer_config, misfit
+from .pixels import Pixels, pixels_by_name, pixels_of_config, turn_stem
 from .read import Published, read_published
-from .rename import Source, recognise, turn_kernel, turn_weight
+from .rename import (
+    BIAS_BEFORE_NORM,
+    TEACHER,
+    Source,
+    adapter_name,
+    recognise,
+    turn_kernel,
+    turn_weight,
+)
+
+STEM, STEM_MEAN = "image_encoder.backbone.conv1.weight", "image_encoder.backbone.bn1.running_mean"
 
 
 @dataclass
 class Report:
-    """What became of every key of a file."""
+    """What became of every key of a file, and what is left for the user to know."""
 
     source: str
     choice: str  # which weights of the file were taken
     boxes: str  # which box convention the file was taken to have, and why
+    pixels: str | None = None  # how its images were normalised, and why
+    remark: str | None = None  # of the source
+    model: str = ""  # what the weights were held against
     used: list[str] = field(default_factory=list)  # name as it was
     renamed: list[tuple[str, str]] = field(default_factory=list)  # theirs, ours
     reordered: list[tuple[str, str]] = field(
         default_factory=list
     )  # theirs, what was done; also in one of above
+    folded: list[tuple[str, str]] = field(default_factory=list)  # theirs, the entry of ours that took it in
+    adapters: list[tuple[str, str]] = field(default_factory=list)  # theirs, ours; in a file of their own
     needless: list[str] = field(default_factory=list)  # follows from our configuration, or nothing reads it
     unused: list[str] = field(default_factory=list)  # no name of ours
+    misfit: Misfit | None = None  # filled where `lax` let it pass
+
+    @property
+    def num_keys(self) -> int:
+        """Of the file."""
+        parts = (self.used, self.renamed, self.folded, self.adapters, self.needless, self.unused)
+        return sum(map(len, parts))
 
     def __str__(self) -> str:
-        lines = [f"source: {self.source}", f"weights: {self.choice}", f"boxes: {self.boxes}"]
-        lines += [f"used     {name}" for name in self.used]
-        lines += [f"renamed  {theirs} -> {ours}" for theirs, ours in self.renamed]
+        heads = (
+            ("source", self.source),
+            ("weights", self.choice),
+            ("boxes", self.boxes),
+            ("pixels", self.pixels),
+            ("note", self.remark),
+            ("model", self.model),
+        )
+        lines = [f"{name}: {text}" for name, text in heads if text]
+        lines += [f"used      {name}" for name in self.used]
+        lines += [f"renamed   {theirs} -> {ours}" for theirs, ours in self.renamed]
         lines += [f"reordered {name}: {change}" for name, change in self.reordered]
-        lines += [f"needless {name}" for name in self.needless]
-        lines += [f"unused   {name}" for name in self.unused]
+        lines += [f"folded    {theirs} -> {ours}" for theirs, ours in self.folded]
+        lines += [f"adapter   {theirs} -> {ours}" for theirs, ours in self.adapters]
+        lines += [f"needless  {name}" for name in self.needless]
+        lines += [f"unused    {name}" for name in self.unused]
+        if self.misfit is not None:
+            lines += [f"missing   {name}" for name in self.misfit.missing]
+            lines += [f"surplus   {name}" for name in self.misfit.surplus]
+            lines += [f"reshaped  {text}" for text in self.misfit.reshaped]
         lines.append(
             f"{len(self.used) + len(self.renamed)} keys carried ({len(self.renamed)} renamed, "
-            f"{len(self.reordered)} reordered), {len(self.needless)} needless, {len(self.unused)} unused"
+            f"{len(self.reordered)} reordered), {len(self.folded)} folded, {len(self.adapters)} of adapters, "
+            f"{len(self.needless)} needless, {len(self.unused)} unused"
         )
         return "\n".join(lines)
 
 
-def import_weights(path: Path, out: Path, lax: bool = False, version: str | None = None) -> Report:
-    """Converts a published checkpoint and writes it as safetensors.
+@dataclass
+class Converted:
+    """Weights under our names, in our layouts and conventions, and what became of every key."""
+
+    source: Source
+    state: dict[str, Tensor]
+    adapters: dict[str, Tensor]  # of distill-bev; as our `Distiller` names them
+    new_boxes: bool  # whether the file's boxes were those from mmdetection3d 1.0 on
+    report: Report
+
+
+def import_weights(
+    path: Path,
+    out: Path,
+    *,
+    experiment: Experiment | None = None,
+    lax: bool = False,
+    version: str | None = None,
+    pixels: str | None = None,
+) -> Report:
+    """Converts a published checkpoint, holds it against a model of ours and writes it.
 
     Args:
         path: `.pth`, or whatever torch.save wrote, or `.safetensors`; nothing in it is run.
-        out: the new file; its metadata say where the weights come from.
-        lax: leave out keys that have no name of ours, rather than refuse the file.
+        out: a new .safetensors file, whose metadata say where the weights come from; or, with an experiment, the
+            folder of a finished run. Adapters go to a file beside the weights.
+        experiment: whose student or teacher the weights are for; without one the model is inferred from shapes.
+        lax: write what there is: keys without a name of ours are left out, keys that are missing or do not fit
+            are told, not refused.
         version: of the mmdetection3d that trained it, as in "1.0.0"; as the file says if not given.
+        pixels: how its images were normalised, a name of `pixels.PIXELS`; as the source had it if not given.
 
     Raises:
-        CheckpointError: the file is absent, damaged, holds code, is of no known architecture, has keys
-            without a name of ours (unless `lax`), or `out` cannot be written.
+        CheckpointError: the file is absent, damaged, holds code, is of no known architecture, has keys without a
+            name of ours, or does not fit the model (the last two unless `lax`), or `out` cannot be written.
     """
+    as_run = out.suffix != ".safetensors"
+    if as_run and (out.suffix or experiment is None):
+        raise CheckpointError(
+            f"{out}: not a name of what is written; end it in .safetensors, or give --recipe and the name of a folder "
+            "for a run"
+        )
     published = read_published(path)
     try:
-        state, report = convert(published, version)
+        converted = convert(published, version, pixels)
+        config = _hold(converted, experiment, lax)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    if report.unused and not lax:
-        raise CheckpointError(
-            f"{path}: {len(report.unused)} of {len(published.tensors)} keys have no name in our {report.source} "
-            f"(first: {', '.join(report.unused[:3])}); expected none, --lax leaves them out"
-        )
-    if out.suffix != ".safetensors":
-        raise CheckpointError(f"{out}: not a name of what is written; end it in .safetensors")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    save_weights(
-        state,
-        out,
-        {"from": path.name, "source": report.source, "weights": report.choice, "boxes": report.boxes},
-    )
+    report = converted.report
+    told = {"from": path.name, "source": report.source, "weights": report.choice, "boxes": report.boxes}
+    if report.pixels is not None:
+        told["pixels"] = report.pixels
+    weights, adapters = out, out.with_suffix(f".{ADAPTERS_FILE}")
+    run = None
+    if as_run and experiment is not None and config is not None:
+        run = _alone(experiment, config)
+        weights, adapters = out / WEIGHTS_FILE, out / ADAPTERS_FILE
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    save_weights(converted.state, weights, told)
+    if converted.adapters:
+        save_weights(converted.adapters, adapters, told)
+    if run is not None:
+        write_config(run, out / "experiment.yaml")
     return report
 
 
-def convert(published: Published, version: str | None = None) -> tuple[dict[str, Tensor], Report]:
-    """Weights under our names, in our layouts and box convention, and what became of every key.
+def convert(published: Published, version: str | None = None, pixels: str | None = None) -> Converted:
+    """Weights under our names, in our layouts and conventions, and what became of every key.
+
+    Args: `version` and `pixels` as `import_weights` has them.
 
     Raises:
         CheckpointError: no known architecture has such keys, or two keys come to one name.
     """
-    source = recognise(list(published.tensors))
-    old_boxes, reason = _box_convention(version, published.version)
-    report = Report(source.title, published.choice, reason)
-    state: dict[str, Tensor] = {}
-    for name, value in sorted(published.tensors.items()):
-        ours = _name(source, name)
-        if ours is None:
-            (report.needless if source.is_needless(name) else report.unused).append(name)
-            continue
-        if ours in state:
-            raise CheckpointError(
-                f"two keys come to {ours}, one of them {name}; expected one file of one model"
-            )
-        turned = turn_weight(name, value, old_boxes)
-        laid = turn_kernel(turned)
-        if turned is not value:
-            report.reordered.append((name, "rows to our box code"))
-        if laid is not turned:
-            report.reordered.append((name, "kernel of spconv 1 to spconv 2's layout"))
-        state[ours] = laid
-        if ours == name:
-            report.used.append(name)
+    tensors = published.tensors
+    beside = {name for name in tensors if adapter_name(name) or name.startswith(TEACHER)}
+    source = recognise([name for name in tensors if name not in beside])
+    new_boxes, reason = _box_convention(source, version, published.version)
+    report = Report(source.title, published.choice, reason, remark=source.remark)
+    made = Converted(source, {}, {}, new_boxes, report)
+    older_loss = any(
+        name.startswith("adaptation_layers.") for name in tensors
+    )  # its other layers have no twin
+    for name, value in sorted(tensors.items()):
+        if name.startswith(TEACHER) or source.is_needless(name):
+            report.needless.append(name)
+        elif ours := adapter_name(name):
+            if older_loss and name.startswith("channel_wise_adaptations."):
+                report.unused.append(name)
+            else:
+                _put(made.adapters, ours, value, name)
+                report.adapters.append((name, ours))
+        elif ours := source.rename(name):
+            turned = turn_weight(name, value, old_boxes=not new_boxes)
+            laid = turn_kernel(turned)
+            if turned is not value:
+                report.reordered.append((name, "rows to our box code"))
+            if laid is not turned:
+                report.reordered.append((name, "kernel of spconv 1 to spconv 2's layout"))
+            _put(made.state, ours, laid, name)
+            if ours == name:
+                report.used.append(name)
+            else:
+                report.renamed.append((name, ours))
         else:
-            report.renamed.append((name, ours))
-    return state, report
+            report.unused.append(name)
+    if source.biases_before_norms:
+        _fold_biases(made)
+    if source.pixels is not None and STEM in made.state:
+        _turn_stem(made, *_pixels(source, published, pixels, distilled=bool(report.adapters)))
+    return made
 
 
-def _name(source: Source, name: str) -> str | None:
-    return None if source.is_needless(name) else source.rename(name)
+def _put(state: dict[str, Tensor], ours: str, value: Tensor, theirs: str) -> None:
+    if ours in state:
+        raise CheckpointError(
+            f"two keys come to {ours}, one of them {theirs}; expected one file of one model"
+        )
+    state[ours] = value
 
 
-def _box_convention(given: str | None, found: str | None) -> tuple[bool, str]:
-    """Whether boxes are those before mmdetection3d 1.0, and how that is known."""
+def _box_convention(source: Source, given: str | None, found: str | None) -> tuple[bool, str]:
+    """Whether boxes are those from mmdetection3d 1.0 on, and how that is known."""
+    if source.boxes is not None:
+        return source.boxes == "new", f"{_era(source.boxes == 'new')} (as {source.title} has them)"
     version = given or found
     if version is None:
-        return True, "before mmdetection3d 1.0 (the file names no version; --mmdet3d says otherwise)"
+        return False, f"{_era(False)} (the file names no version; --mmdet3d says otherwise)"
     major = version.split(".")[0]
     if not major.isdigit():
         raise CheckpointError(f"mmdetection3d version {version!r}; expected one like 0.17.1 or 1.0.0")
     origin = "as told" if given else "as the file says"
-    if int(major) < 1:
-        return True, f"before mmdetection3d 1.0 ({version}, {origin})"
-    return False, f"from mmdetection3d 1.0 on ({version}, {origin})"
+    return int(major) >= 1, f"{_era(int(major) >= 1)} ({version}, {origin})"
+
+
+def _era(new: bool) -> str:
+    return "from mmdetection3d 1.0 on" if new else "before mmdetection3d 1.0"
+
+
+def _fold_biases(made: Converted) -> None:
+    """A norm that has learned the mean of conv(x) + bias is one that has learned the mean of conv(x), less the bias."""
+    theirs_of = {ours: theirs for theirs, ours in made.report.renamed}
+    for name in [name for name in made.state if re.match(BIAS_BEFORE_NORM, name)]:
+        mean = re.sub(BIAS_BEFORE_NORM, r"\1.bn\2.running_mean", name)
+        if mean in made.state:
+            made.state[mean] = made.state[mean] - made.state.pop(name)
+            made.report.renamed.remove((theirs_of[name], name))
+            made.report.folded.append((theirs_of[name], mean))
+
+
+def _pixels(source: Source, published: Published, given: str | None, distilled: bool) -> tuple[Pixels, str]:
+    """How the images were normalised, and how that is known."""
+    if given is not None:
+        return pixels_by_name(given), "as told"
+    if (
+        source.title == "BEVFormer"
+    ):  # its sizes differ in this; the others' configurations are not what they do
+        if published.config is not None and (found := pixels_of_config(published.config)):
+            return found, "as the file's configuration says"
+        deformable = any(name.endswith(".conv2.conv_offset.weight") for name in published.tensors)
+        if deformable or distilled:
+            whose = "deformable backbones" if deformable else "distill-bev"
+            return pixels_by_name("bgr"), f"as {whose} had it; --pixels says otherwise"
+    assert source.pixels is not None
+    return pixels_by_name(source.pixels), f"as {source.title} has it; --pixels says otherwise"
+
+
+def _turn_stem(made: Converted, pixels: Pixels, reason: str) -> None:
+    made.report.pixels = f"{pixels.told} ({reason})"
+    if pixels.is_ours:
+        return
+    made.state[STEM], constant = turn_stem(made.state[STEM], pixels)
+    theirs = next(theirs for theirs, ours in made.report.renamed if ours == STEM)
+    made.report.reordered.append((theirs, "channels and scale to our pixels"))
+    if bool(constant.any()):
+        if STEM_MEAN not in made.state:
+            raise CheckpointError(
+                f"no {STEM_MEAN}, which the mean of its pixels must go to; expected a ResNet's"
+            )
+        made.state[STEM_MEAN] = made.state[STEM_MEAN] - constant
+        theirs = next(theirs for theirs, ours in made.report.renamed if ours == STEM_MEAN)
+        made.report.reordered.append((theirs, "less what the mean of its pixels adds"))
+
+
+def _hold(
+    converted: Converted, experiment: Experiment | None, lax: bool
+) -> StudentConfig | TeacherConfig | None:
+    """The model that the weights are for; None where `lax` and too little is there to tell."""
+    report, kind = converted.report, converted.source.kind
+    if report.unused and not lax:
+        raise CheckpointError(
+            f"{len(report.unused)} of {report.num_keys} keys have no name in our {report.source} "
+            f"(first: {', '.join(report.unused[:3])}); expected none, --lax leaves them out"
+        )
+    if experiment is not None:
+        config = experiment.student if kind == "student" else experiment.teacher
+        if config is None:
+            raise CheckpointError(
+                f"weights of a {kind}, and the recipe {experiment.name!r} has none; choose another"
+            )
+        report.model = f"the {kind} of {experiment.name}"
+        hint = "choose the recipe of this architecture, or change a setting by --set"
+    else:
+        try:
+            config = infer_config(converted.state, converted.new_boxes)
+        except CheckpointError as error:
+            if not lax:
+                raise
+            report.model = f"not told by the file ({error})"
+            return None
+        report.model = f"a {type(config).__name__.removesuffix('Config')} as the shapes tell"
+        hint = "expected a whole detector; --recipe names the one meant, --lax writes what there is"
+    found = misfit(converted.state, config)
+    if found and not lax:
+        raise CheckpointError(f"not {report.model}: {found}; {hint}")
+    report.misfit = found or None
+    return config
+
+
+def _alone(experiment: Experiment, config: StudentConfig | TeacherConfig) -> Experiment:
+    """The run that might have trained these weights: its detector alone, with the geometry of published code."""
+    if isinstance(config, StudentConfig):
+        if isinstance(config, BevDetConfig):
+            lift = replace(config.lift, corner_aligned_pixels=True, truncate_cells=True)
+            history = config.history and replace(config.history, lower_corners=True)
+            config = replace(config, lift=lift, history=history)
+        return replace(
+            experiment, student=config, teacher=None, teacher_weights=None, distill=None, inherit_head=False
+        )
+    return replace(
+        experiment,
+        student=None,
+        distill=None,
+        inherit_head=False,
+        teacher=config,
+        teacher_weights=None,
+        data=replace(experiment.data, load_images=False),
+    )

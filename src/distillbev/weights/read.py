@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -16,7 +17,13 @@ from ..errors import CheckpointError
 
 AVERAGES = ("state_dict_ema", "model_ema", "ema")  # where trainers put averaged weights beside the raw ones
 STATES = ("state_dict", "model_state", "model")
-WRAPPER = "module."  # what data parallelism puts before every name
+WRAPPERS = ("module.", "model.")  # what data parallelism and lightning put before every name
+# Plain numbers of numpy, which training logs leave in checkpoints; the function that makes them, in numpy 1 and 2.
+NUMBERS = [
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("float32", "float64", "int64")),
+    *((np.float64().__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+]
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,7 @@ class Published:
     tensors: dict[str, Tensor]
     choice: str  # which weights of the file these are, in words
     version: str | None  # of mmdetection3d, where the file tells it
+    config: str | None = None  # the text of the configuration that trained it, where the file holds it
 
 
 def read_published(path: Path) -> Published:
@@ -37,7 +45,8 @@ def read_published(path: Path) -> Published:
     try:
         if path.suffix == ".safetensors":
             return Published(load_file(path), "the file's only weights", None)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(NUMBERS):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; expected a published checkpoint") from None
     except IsADirectoryError:
@@ -52,15 +61,26 @@ def read_published(path: Path) -> Published:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}; expected a dictionary of tensors")
     tensors, choice = _choose(content)
-    tensors = {name.removeprefix(WRAPPER): value for name, value in tensors.items()}
+    for wrapper in WRAPPERS * 2:
+        if all(name.startswith(wrapper) for name in tensors):
+            tensors = {name.removeprefix(wrapper): value for name, value in tensors.items()}
     if not tensors:
         raise CheckpointError(
             f"{path}: no tensors under {', '.join(map(str, list(content)[:5])) or 'anything'}; "
             f"expected them at the top or under {', '.join((*AVERAGES, *STATES))}"
         )
     meta = content.get("meta")
-    version = meta.get("mmdet3d_version") if isinstance(meta, dict) else None
-    return Published(tensors, choice, version if isinstance(version, str) else None)
+    meta = meta if isinstance(meta, dict) else {}
+    version = meta.get("mmdet3d_version")
+    if version is None and "mmengine_version" in meta:
+        version = "1.1"  # the first that was built on mmengine
+    config = meta.get("config", meta.get("cfg"))
+    return Published(
+        tensors,
+        choice,
+        version if isinstance(version, str) else None,
+        config if isinstance(config, str) else None,
+    )
 
 
 def _refusal(path: Path, reason: str) -> str:
