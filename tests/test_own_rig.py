@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from PIL import Image
 from tiny_student import TINY
 
@@ -14,6 +15,8 @@ from distillbev.data.recordings import Rig, Scene, write_dataset
 from distillbev.data.samples import NuScenes
 from distillbev.data.settings import DataConfig
 from distillbev.geometry import pose_matrix
+from distillbev.models.lift import DepthLossConfig
+from distillbev.recipes import experiment_from
 from distillbev.report.draw import inspect_sample
 from distillbev.scoring import evaluate_run, predict_sample
 from distillbev.train.experiment import Experiment, OptimConfig
@@ -55,7 +58,7 @@ def student(root: Path) -> Experiment:
         name="student",
         student=TINY,
         data_root=str(root),
-        data=DataConfig(image_size_px=(64, 32), load_points=False),
+        data=DataConfig(image_size_px=(64, 32)),
         optim=OptimConfig(steps=2, labelled_per_step=2, precision="fp32"),
     )
 
@@ -84,6 +87,14 @@ def test_a_student_is_trained_and_predicts_without_lidar(
     assert [path.name for path in written] == [f"{token}.json", f"{token}_cameras.jpg", f"{token}_bev.png"]
     metrics = evaluate_run(run, root, "val", tmp_path / "evaluation").metrics
     assert np.isfinite(metrics.mean_ap)
+
+
+def test_points_are_loaded_only_for_those_who_look_at_them(four_cameras: Path):
+    alone = student(four_cameras)
+    assert not alone.training_data.load_points
+    lifting = replace(alone, student=replace(TINY, depth_loss=DepthLossConfig()))
+    assert lifting.training_data.load_points
+    assert experiment_from("tiny_centerpoint", four_cameras, None, None, ()).training_data.load_points
 
 
 @pytest.mark.parametrize(("rig", "columns"), [("example", 3), ("four_cameras", 2)])

@@ -3,6 +3,8 @@
 import math
 from typing import Literal
 
+from msgspec.structs import replace
+
 from ..config import Config
 from ..data.settings import DataConfig
 from ..distill.distiller import DistillConfig
@@ -152,3 +154,10 @@ class Experiment(Config, frozen=True):
     def needs_teacher(self) -> bool:
         """Whether a trained teacher takes part in this run."""
         return self.distill is not None or self.inherit_head
+
+    @property
+    def training_data(self) -> DataConfig:
+        """What training loads: no points where nobody looks at them, so that a rig without LiDAR will do."""
+        lifts = isinstance(self.student, BevDetConfig) and self.student.depth_loss is not None
+        looks_at_points = self.student is None or self.distill is not None or lifts
+        return self.data if looks_at_points else replace(self.data, load_points=False)
