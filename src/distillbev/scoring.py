@@ -1,27 +1,42 @@
-"""Trained runs put to use: scored on a split, shown on single frames."""
+"""Detectors put to use: scored on a split, compared, shown on single frames."""
 
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import torch
 
 from .boxes import Boxes3D
+from .config import with_overrides
+from .data.findings import Finding
 from .data.samples import NuScenes
 from .data.schema import Sample
 from .errors import DataError
+from .evaluation.check import check_results
+from .evaluation.compare import compare
 from .evaluation.diagnose import diagnose
 from .evaluation.eval_boxes import ground_truth_boxes
-from .evaluation.metrics import DetectionMetrics, compute_metrics, format_table, match_boxes
-from .evaluation.results import CAMERA_ONLY, LIDAR_ONLY, read_results, write_detections
+from .evaluation.metrics import (
+    DetectionEvalConfig,
+    DetectionMetrics,
+    compute_metrics,
+    format_table,
+    match_boxes,
+)
+from .evaluation.results import CAMERA_ONLY, LIDAR_ONLY, merge_results, read_results, write_detections
 from .grid import BevGrid
+from .train.distributed import ending_together, join_processes, wait_for_all
 from .train.experiment import Experiment
-from .train.inference import detect, load_trained
+from .train.inference import detect, detect_batches, finished_weights, load_trained, read_run
 
 RESULTS_FILE = "results_nusc.json"
 METRICS_FILE = "metrics_summary.json"
+PARTS_FOLDER = ".parts"  # of the results, while processes detect
 SHOWN_SCORE = 0.3
 
 
@@ -33,34 +48,150 @@ class Scored:
     table: str
 
 
-def evaluate_run(run: Path, data: Path, split: str, out: Path) -> Scored:
+def evaluate_run(run: Path, data: Path, split: str, out: Path) -> Scored | None:
     """Detects on every sample of the split, writes the official results file and the metrics.
 
+    Where `torchrun` started several processes, they share the samples, and the first one scores; the others
+    give None. Results and metrics are those of a single process, to the last digit.
+
     Raises:
-        RunError: the run is absent or unfinished. DataError: unknown split, or damaged data.
+        RunError: the run is absent or unfinished, or a process was lost. DataError: unknown split, or damaged
+            data.
     """
-    experiment, detector = load_trained(run, best_device())
-    nuscenes = NuScenes(data)
-    samples = annotated_samples(nuscenes, split)
-    detections = detect(experiment, detector, nuscenes, [sample.token for sample in samples])
-    out.mkdir(parents=True, exist_ok=True)
-    meta = CAMERA_ONLY if experiment.student is not None else LIDAR_ONLY
-    write_detections(out / RESULTS_FILE, detections, samples, meta)
-    return score_results(out / RESULTS_FILE, experiment, samples, out)
+    rank, world_size, device = join_processes()
+    with ending_together(run.name):
+        experiment, detector = load_trained(run, device)
+        nuscenes = NuScenes(data)
+        tokens = tokens_of(nuscenes, split)
+        parts = out / PARTS_FOLDER
+        if rank == 0:
+            shutil.rmtree(parts, ignore_errors=True)
+            parts.mkdir(parents=True)
+        wait_for_all()
+        meta = CAMERA_ONLY if experiment.student is not None else LIDAR_ONLY
+        found = detect_batches(
+            experiment,
+            detector,
+            nuscenes,
+            tokens,
+            rank=rank,
+            world_size=world_size,
+            show_progress=rank == 0,
+        )
+        # Written down batch by batch: no process ever holds the detections of the whole split.
+        for number, detections in enumerate(found):
+            samples = [nuscenes.sample(token, read_annotations=False) for token in detections]
+            part = parts / f"{number * world_size + rank:08d}.json"
+            write_detections(part, detections, samples, meta)
+        wait_for_all()
+        if rank != 0:
+            return None
+        merge_results(sorted(parts.iterdir()), out / RESULTS_FILE)
+        shutil.rmtree(parts)
+        samples = annotated_samples(nuscenes, split)
+        return score_results(out / RESULTS_FILE, experiment.evaluation, samples, out)
 
 
-def score_results(results: Path, experiment: Experiment, samples: list[Sample], out: Path) -> Scored:
-    """Metrics of a results file on these samples; writes them beside it."""
+def evaluate_file(results: Path, data: Path, split: str, out: Path, overrides: Sequence[str] = ()) -> Scored:
+    """Scores the official results file of any detector; writes the metrics to `out`.
+
+    Args:
+        overrides: changes of the official settings, as max_range_m=40.
+
+    Raises:
+        DataError: the file is no results file, or holds other samples than the split.
+    """
+    config = with_overrides(DetectionEvalConfig(), overrides)
+    return score_results(results, config, annotated_samples(NuScenes(data), split), out)
+
+
+def check_file(results: Path, data: Path, split: str) -> list[Finding]:
+    """Lists all faults of a results file; the split needs no annotations."""
+    return check_results(results, tokens_of(NuScenes(data), split))
+
+
+def score_results(results: Path, config: DetectionEvalConfig, samples: list[Sample], out: Path) -> Scored:
+    """Metrics of a results file on these samples, written to `out`."""
     ground_truth = ground_truth_boxes(samples)
     boxes, _ = read_results(results, ground_truth)
-    metrics = compute_metrics(match_boxes(ground_truth, boxes, experiment.evaluation))
-    warnings = [finding.message for finding in diagnose(ground_truth, boxes, experiment.evaluation)]
+    metrics = compute_metrics(match_boxes(ground_truth, boxes, config))
+    warnings = [finding.message for finding in diagnose(ground_truth, boxes, config)]
     table = "\n".join([format_table(metrics), *warnings])
+    out.mkdir(parents=True, exist_ok=True)
     (out / "table.txt").write_text(table + "\n")
-    part = out / f".{METRICS_FILE}.part"
-    part.write_text(json.dumps(metrics.to_dict(), indent=2))
-    part.replace(out / METRICS_FILE)
+    _write_whole(out / METRICS_FILE, json.dumps(metrics.to_dict(), indent=2).encode())
     return Scored(metrics, table)
+
+
+def compare_results(
+    first: Path,
+    second: Path,
+    data: Path,
+    split: str,
+    out: Path,
+    frames: int = 6,
+    repeats: int = 1000,
+    overrides: Sequence[str] = (),
+) -> str:
+    """Compares two results files or runs; writes `comparison.html`, `comparison.json` and `table.txt`.
+
+    A run without results of this split is evaluated first. Runs bring the settings that they are scored with.
+
+    Args:
+        frames: how many frames to show, of those that differ most.
+        repeats: draws of scenes for the intervals.
+        overrides: changes of the evaluation's settings, as max_range_m=40.
+
+    Returns:
+        the table.
+
+    Raises:
+        DataError: a file is absent or no results file of this split, or the runs are scored with unlike
+            settings. RunError: a folder is no finished run.
+    """
+    from .report.comparison import comparison_page, comparison_text, comparison_values
+
+    experiments = [read_run(source) for source in (first, second) if source.is_dir()]
+    if len({msgspec.json.encode(experiment.evaluation) for experiment in experiments}) > 1:
+        raise DataError(
+            f"{first} and {second} are scored with unlike settings (`evaluation` in their experiment.yaml); "
+            "compare their results files, and give the settings by --set"
+        )
+    config = experiments[0].evaluation if experiments else DetectionEvalConfig()
+    config = with_overrides(config, overrides)
+    files = [_results_of(source, data, split) for source in (first, second)]
+    nuscenes = NuScenes(data)
+    ground_truth = ground_truth_boxes(annotated_samples(nuscenes, split))
+    boxes = [read_results(file, ground_truth)[0] for file in files]
+    comparison = compare(ground_truth, boxes[0], boxes[1], config, repeats)
+    names = (str(first), str(second))
+    text = comparison_text(comparison, names)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "table.txt").write_text(text + "\n")
+    _write_whole(out / "comparison.json", msgspec.json.encode(comparison_values(comparison, names)))
+    samples = [nuscenes.sample(frame.token) for frame in comparison.most_different_frames(frames)]
+    extent_m = min([float(config.ranges_m().max()), *map(extent_of, experiments)])
+    page = comparison_page(comparison, names, samples, extent_m)
+    _write_whole(out / "comparison.html", page.encode())
+    return text
+
+
+def _results_of(source: Path, data: Path, split: str) -> Path:
+    """The results file that a path means: itself, or that of a run, written now if it is not there yet."""
+    if not source.is_dir():
+        return source
+    out = source / f"evaluation-{split}"
+    results = out / RESULTS_FILE
+    if not results.exists() or results.stat().st_mtime < finished_weights(source).stat().st_mtime:
+        evaluate_run(source, data, split, out)
+    return results
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Writes beside the place and renames, so that a reader never meets half a file."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_bytes(content)
+    part.replace(path)
 
 
 def annotated_samples(nuscenes: NuScenes, split: str) -> list[Sample]:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..classes import CLASSES
-from ..data.check import NUM_EXAMPLES, Finding, Severity
-from .eval_boxes import ATTRIBUTES
+from ..data.findings import Finding, Findings, Severity
+from .eval_boxes import ATTRIBUTES, LARGEST
 from .results import MAX_BOXES_PER_SAMPLE
 
 Fault = tuple[Severity, str, str]  # severity, what, where
@@ -29,13 +29,10 @@ def check_results(path: Path, tokens: Sequence[str]) -> list[Finding]:
         path: the file.
         tokens: the samples that it should hold.
     """
-    found: dict[tuple[Severity, str], list[str]] = {}
-    for severity, what, where in _faults(path, tokens):
-        found.setdefault((severity, what), []).append(where)
-    return [
-        Finding(severity, what, len(places), ", ".join(places[:NUM_EXAMPLES]))
-        for (severity, what), places in sorted(found.items(), key=lambda item: item[0])
-    ]
+    findings = Findings()
+    for fault in _faults(path, tokens):
+        findings.add(*fault)
+    return findings.listed()
 
 
 def _faults(path: Path, tokens: Sequence[str]) -> Iterator[Fault]:
@@ -77,7 +74,7 @@ def _faults(path: Path, tokens: Sequence[str]) -> Iterator[Fault]:
             yield "error", f"a sample has more than {MAX_BOXES_PER_SAMPLE} boxes", f"{token} ({len(boxes)})"
         for row, box in enumerate(boxes):
             for severity, what, value in _faults_of_box(token, box):
-                yield severity, what, f"{token}[{row}] {value}"
+                yield severity, what, f"{token}[{row}] {value[:80]}"
 
 
 def _faults_of_meta(meta: Any) -> Iterator[Fault]:
@@ -99,6 +96,9 @@ def _faults_of_box(token: str, box: Any) -> Iterator[Fault]:
     for name in malformed:
         form = f"{VECTORS[name]} numbers" if name in VECTORS else "text" if name in TEXTS else "a number"
         yield "error", f"{name} is not {form}", repr(box.get(name, "absent"))
+    num_points = box.get("num_pts", -1)
+    if not (type(num_points) in (int, float) and -1 <= num_points <= 2**31 and num_points % 1 == 0):
+        yield "error", "num_pts is not a whole number", repr(num_points)
     if malformed:
         return
     if box["sample_token"] != token:
@@ -107,11 +107,11 @@ def _faults_of_box(token: str, box: Any) -> Iterator[Fault]:
         yield "error", f"detection_name is none of {', '.join(CLASSES)}", repr(box["detection_name"])
     if box["attribute_name"] not in (*ATTRIBUTES, ""):
         yield "error", f"attribute_name is none of {', '.join(ATTRIBUTES)} or ''", repr(box["attribute_name"])
-    if not all(map(math.isfinite, box["translation"])):
+    if not all(abs(value) < LARGEST for value in box["translation"]):
         yield "error", "translation is not finite", str(box["translation"])
-    if not all(math.isfinite(side) and side > 0 for side in box["size"]):
+    if not all(0 < side < LARGEST for side in box["size"]):
         yield "error", "size is not positive", str(box["size"])
-    if any(map(math.isinf, box["velocity"])):
+    if any(abs(value) >= LARGEST for value in box["velocity"]):
         yield "error", "velocity is infinite", str(box["velocity"])
     if math.isnan(box["detection_score"]):
         yield "error", "detection_score is not a number", "nan"
@@ -123,7 +123,7 @@ def _faults_of_box(token: str, box: Any) -> Iterator[Fault]:
 def _faults_of_rotation(rotation: list[float]) -> Iterator[Fault]:
     w, x, y, z = rotation
     square = w * w + x * x + y * y + z * z
-    if not math.isfinite(square) or square < 1e-12:
+    if not 1e-6 < max(map(abs, rotation)) < LARGEST or math.isnan(square):
         yield "error", "rotation is not a quaternion", str(rotation)
         return
     if abs(math.sqrt(square) - 1) > 0.01:
@@ -133,4 +133,9 @@ def _faults_of_rotation(rotation: list[float]) -> Iterator[Fault]:
 
 
 def _is_vector(value: Any, length: int) -> bool:
-    return isinstance(value, list) and len(value) == length and all(type(v) in (int, float) for v in value)
+    return isinstance(value, list) and len(value) == length and all(map(_is_number, value))
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it fits into a float; Python reads whole numbers of any length."""
+    return type(value) is float or (type(value) is int and abs(value) < 10**300)

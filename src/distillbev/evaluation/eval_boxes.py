@@ -275,6 +275,8 @@ _COLUMN_FORMS: dict[str, tuple[tuple[int, ...], type]] = {
     "attributes": ((), np.int64),
     "num_points": ((), np.int64),
 }
+_VECTORS = ("centre_m", "size_wlh_m", "quat_wxyz")
+LARGEST = 1e12  # numbers from here on count as infinite: their squares may be
 
 
 def eval_boxes_from_columns(
@@ -294,13 +296,14 @@ def eval_boxes_from_columns(
         )
         for name, (tail, dtype) in _COLUMN_FORMS.items()
     }
+    finite = {name: (np.abs(columns[name]) < LARGEST).all(axis=1) for name in _VECTORS}
     wrong = {
-        "centre is not finite": ~np.isfinite(columns["centre_m"]).all(axis=1),
-        "size is not positive": ~(np.isfinite(columns["size_wlh_m"]) & (columns["size_wlh_m"] > 0)).all(
-            axis=1
+        "centre is not finite": ~finite["centre_m"],
+        "size is not positive": ~(finite["size_wlh_m"] & (columns["size_wlh_m"] > 0).all(axis=1)),
+        "orientation is not a quaternion": ~(
+            finite["quat_wxyz"] & (np.abs(columns["quat_wxyz"]).max(axis=1) > 1e-6)
         ),
-        "orientation is not a quaternion": ~(np.square(columns["quat_wxyz"]).sum(axis=1) > 1e-12),
-        "velocity is infinite": np.isinf(columns["velocity_m_s"]).any(axis=1),
+        "velocity is infinite": (np.abs(columns["velocity_m_s"]) >= LARGEST).any(axis=1),
         "score is not a number": np.isnan(columns["scores"]),
     }
     for reason, bad in wrong.items():

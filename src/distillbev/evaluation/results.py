@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import numpy as np
@@ -57,7 +57,7 @@ class _Box(msgspec.Struct):
     detection_name: str
     detection_score: float
     attribute_name: str
-    num_pts: int = -1
+    num_pts: Annotated[int, msgspec.Meta(ge=-1, le=2**31)] = -1
 
 
 class _Results(msgspec.Struct):
