@@ -1,6 +1,6 @@
 import itertools
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -272,3 +272,10 @@ def test_an_extrinsic_the_wrong_way_round_is_warned_of(tmp_path: Path, caplog: p
 def test_all_thirteen_tables_are_written(written: Path):
     tables = {path.stem: json.loads(path.read_text()) for path in (written / "v1.0-rig").iterdir()}
     assert len(tables) == 13 and all(tables.values())
+
+
+def test_the_page_about_rigs_tells_every_field():
+    page = (Path(__file__).parents[2] / "docs" / "rigs.md").read_text()
+    for part in (Scene, Rig, RigCamera, KeyFrame, Shot, LabelledObject):
+        for field in fields(part):
+            assert f"`{part.__name__}.{field.name}`" in page
