@@ -112,10 +112,10 @@ def test_changed_tables_are_indexed_again_and_the_old_index_goes(
         spoilt_root, "sample_annotation", lambda rows: rows[0].update(translation=[600.0, 1600.0, 9.0])
     )
     assert_equal_to_json(spoilt_root)
-    assert caplog.messages == [
-        f"{spoilt_root / 'v1.0-mini'}: sample_annotation.json changed since the tables were indexed; "
-        "indexing them again"
-    ]
+    folder = spoilt_root / "v1.0-mini"
+    changed = f"{folder}: sample_annotation.json changed since the tables were indexed; indexing them again"
+    assert caplog.messages[1] == changed
+    assert caplog.messages[2].startswith(f"{folder}: indexing the tables, once; the index is kept in ")
     assert not first.exists()
     assert_same(opened.sample("scene-a-sample-1", num_sweeps=3), before)  # who had it open keeps it
 
@@ -128,7 +128,7 @@ def test_small_tables_that_changed_are_read_from_json_and_a_line_says_so(
     nuscenes = NuScenes(spoilt_root)
     assert not isinstance(nuscenes._tables, IndexedTables)
     assert nuscenes.sample("scene-a-sample-0").ego2global[:3, 3].tolist() == [601.0, 1602.0, 3.0]
-    [line] = caplog.messages
+    [_, line] = caplog.messages
     assert "ego_pose.json changed since the tables were indexed, so JSON is read" in line
 
 
@@ -191,9 +191,8 @@ def test_a_damaged_index_is_told_in_one_line(spoilt_root: Path):
     with pytest.raises(DataError, match=r"the index is damaged .* delete this folder"):
         for token in [f"scene-{scene}-sample-{i}" for scene in "ab" for i in range(3)]:
             NuScenes(spoilt_root).sample(token)
-    path.write_bytes(b"?" * len(content))
-    with pytest.raises(DataError, match=r"the index is damaged .* delete this folder"):
-        NuScenes(spoilt_root)
+    path.write_bytes(b"?" * len(content))  # no head of a column: as good as no index
+    assert not isinstance(NuScenes(spoilt_root)._tables, IndexedTables)
 
 
 BUILD_UNTIL_KILLED = """

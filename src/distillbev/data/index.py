@@ -19,7 +19,9 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from .index_reader import LIST, IndexedTables, is_whole
+import msgspec
+
+from .index_reader import HEAD_BYTES, LIST, FileFacts, IndexedTables, IndexList, is_whole, read_list
 from .index_writer import LAYOUTS, NotIndexableError, write_columns
 from .tables import Tables
 
@@ -53,28 +55,30 @@ def find_index(folder: Path) -> Path | None:
 
 def damaged_files(place: Path) -> list[str]:
     """Files of an index that have changed since it was built. Opening looks at their lengths alone, which is fast."""
+    listed = read_list(place)
     try:
-        sums: dict[str, int] = json.loads((place / LIST).read_text())["crc32"]
-        return [name for name, checksum in sums.items() if _checksum(place / name) != checksum]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        files = {} if listed is None else listed.files
+        return [name for name, facts in files.items() if _facts(place / name) != facts]
+    except OSError:
         return [LIST]
 
 
-def _checksum(path: Path) -> int:
-    checksum = 0
+def _facts(path: Path) -> FileFacts:
     with path.open("rb") as file:
+        head = file.read(HEAD_BYTES)
+        checksum = zlib.crc32(head)
         while part := file.read(2**20):
             checksum = zlib.crc32(part, checksum)
-    return checksum
+        return FileFacts(file.tell(), zlib.crc32(head), checksum)
 
 
 def changed_tables(folder: Path) -> list[str]:
     """Names of the tables that have changed since they were indexed; none where there is no stale index."""
     now = fingerprint(folder)
     for stale in (old for place in index_folders(folder) for old in _stale_at(place)):
-        with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):
-            then: dict[str, list[int]] = json.loads((stale / LIST).read_text())["tables"]
-            return [name for name in LAYOUTS if now.get(name) != then.get(name)]
+        listed = read_list(stale)
+        if listed is not None:
+            return [name for name in LAYOUTS if now.get(name) != listed.tables.get(name)]
     return []
 
 
@@ -133,7 +137,8 @@ def build_index(folder: Path) -> Path:
 
 def _build_at(folder: Path, place: Path) -> None:
     """Builds an index; the caller holds the lock."""
-    log.info("%s: indexing the tables, once; the index is kept in %s", folder, place)
+    # A warning, since it takes a while and a folder appears: seen without any setting.
+    log.warning("%s: indexing the tables, once; the index is kept in %s", folder, place)
     for killed in _named(place, rf"\.building-{re.escape(_prefix(place))}-[0-9]+"):
         shutil.rmtree(killed, ignore_errors=True)
     before = fingerprint(folder)
@@ -141,12 +146,10 @@ def _build_at(folder: Path, place: Path) -> None:
     building.mkdir()
     try:
         write_columns(folder, building)
-        files = {path.name: path.stat().st_size for path in building.iterdir()}
+        files = {path.name: _facts(path) for path in building.iterdir()}
         if fingerprint(folder) != before:
             raise NotIndexableError("the tables changed while they were read")
-        sums = {name: _checksum(building / name) for name in files}
-        content = {"format": FORMAT, "tables": before, "files": files, "crc32": sums}
-        (building / LIST).write_text(json.dumps(content, indent=1))
+        (building / LIST).write_bytes(msgspec.json.encode(IndexList(FORMAT, before, files)))
         for path in building.iterdir():  # a rename may reach the disk before the data does
             with path.open("rb") as file:
                 os.fsync(file.fileno())
