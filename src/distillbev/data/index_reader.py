@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
+import os
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DataError
+from .files import read_whole
 from .index_writer import LAYOUTS
 from .tables import (
     AnnotationRow,
@@ -25,16 +29,52 @@ from .tables import (
 )
 from .token_keys import TokenOrder
 
-LIST = "index.json"  # of the files with their sizes, written last
+LIST = "index.json"  # of the files, written last
+MOST_LIST_BYTES = 2**20
+HEAD_BYTES = 128  # of a .npy file, which say its type and shape
+# What arithmetic on damaged columns may raise.
+DAMAGE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+
+
+class FileFacts(msgspec.Struct, frozen=True):
+    """Of one file of an index: its length, and checksums of its head and of the whole."""
+
+    size: int
+    head_crc32: int
+    crc32: int
+
+
+class IndexList(msgspec.Struct, frozen=True):
+    """What an index is made of, and of which tables (size and time of change of each)."""
+
+    format: int
+    tables: dict[str, list[int]]
+    files: dict[str, FileFacts]
+
+
+def read_list(place: Path) -> IndexList | None:
+    """The list of an index; None where it is absent or damaged."""
+    try:
+        content = read_whole(place / LIST, "list of an index", MOST_LIST_BYTES, "")
+        return msgspec.json.decode(content, type=IndexList)
+    except (DataError, msgspec.DecodeError, RecursionError):
+        return None
 
 
 def is_whole(place: Path) -> bool:
-    """Whether every file of an index is there in the length that its list says."""
-    try:
-        files: dict[str, int] = json.loads((place / LIST).read_text())["files"]
-        return all((place / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    """Whether every file of an index is there with the length and the head that its list says."""
+    listed = read_list(place)
+    if listed is None or not listed.files:
         return False
+    try:
+        for name, facts in listed.files.items():
+            with (place / name).open("rb") as file:
+                head = file.read(HEAD_BYTES)
+                if os.fstat(file.fileno()).st_size != facts.size or zlib.crc32(head) != facts.head_crc32:
+                    return False
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 class IndexTable(RowsByToken[RowT]):
@@ -42,13 +82,16 @@ class IndexTable(RowsByToken[RowT]):
 
     def __init__(self, name: str, place: Path, make: Callable[[IndexTable[RowT], int], RowT]) -> None:
         self.name = name
-        self._place = place
+        self.place = place
         self._make = make
         self._columns: dict[str, NDArray[Any]] = {}
-        for path in place.glob(f"{name}.*.npy"):
-            mapped = np.load(path, mmap_mode="r", allow_pickle=False)
-            self._columns[path.name[len(name) + 1 : -4]] = mapped.view(np.ndarray)
-        self._tokens = TokenOrder(self["token"], self["order"], self["sorted_keys"])
+        try:
+            for path in place.glob(f"{name}.*.npy"):
+                mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+                self._columns[path.name[len(name) + 1 : -4]] = mapped.view(np.ndarray)
+            self._tokens = TokenOrder(self["token"], self["order"], self["sorted_keys"])
+        except Exception as error:  # numpy raises many types for heads that somebody made up
+            raise _damaged(place, error) from None
 
     def __getitem__(self, column: str) -> NDArray[Any]:
         return self._columns[column]
@@ -60,22 +103,20 @@ class IndexTable(RowsByToken[RowT]):
         return (self.row(number) for number in range(len(self)))
 
     def row(self, number: int) -> RowT:
-        try:
+        with _damage_told(self.place):
             return self._make(self, number)
-        except (IndexError, UnicodeDecodeError) as error:
-            raise _damaged(self._place, error) from None
 
     def number_of(self, token: str) -> int | None:
-        try:
+        with _damage_told(self.place):
             return self._tokens.row_of(token)
-        except IndexError as error:
-            raise _damaged(self._place, error) from None
 
     def get(self, token: str) -> RowT | None:
         number = self.number_of(token)
         return None if number is None else self.row(number)
 
     def text(self, column: str, number: int) -> str:
+        if number < 0:  # which numpy counts from the end
+            raise IndexError(f"row {number}")
         return self[column][number].decode()
 
     def coded(self, column: str, number: int) -> str:
@@ -100,8 +141,9 @@ class RowsOfSample(Mapping[str, list[RowT]]):
         number = self._samples.number_of(token)
         if number is None:
             raise KeyError(token)
-        starts = self._rows["group_starts"]
-        return self._rows["grouped"][starts[number] : starts[number + 1]]
+        with _damage_told(self._rows.place):
+            starts = self._rows["group_starts"]
+            return self._rows["grouped"][starts[number] : starts[number + 1]]
 
     def __getitem__(self, token: str) -> list[RowT]:
         return [self._rows.row(number) for number in self.numbers(token).tolist()]
@@ -124,11 +166,8 @@ class IndexedTables(Tables):
         super().__init__(folder)
         self.place = place
         # All files at once: should the tables change, another process may take files away, but not maps.
-        try:
-            for name in LAYOUTS:
-                getattr(self, name)
-        except (OSError, ValueError, KeyError) as error:
-            raise _damaged(place, error) from None
+        for name in LAYOUTS:
+            getattr(self, name)
 
     def __reduce__(self) -> tuple[type[IndexedTables], tuple[Path, Path]]:
         # A worker maps the files itself; a copy would be gigabytes.
@@ -188,11 +227,12 @@ class IndexedTables(Tables):
     @cached_property
     def samples_of_scene(self) -> dict[str, list[str]]:
         found: dict[str, list[str]] = {scene.token: [] for scene in self.scene}
-        for number in np.lexsort((self.sample["timestamp"], self.sample["scene"])).tolist():
-            scene = self.sample.coded("scene", number)
-            if scene not in found:
-                self.scene.follow(scene, "sample", self.sample.row(number), "scene_token")
-            found[scene].append(self.sample.text("token", number))
+        with _damage_told(self.place):
+            for number in np.lexsort((self.sample["timestamp"], self.sample["scene"])).tolist():
+                scene = self.sample.coded("scene", number)
+                if scene not in found:
+                    self.scene.follow(scene, "sample", self.sample.row(number), "scene_token")
+                found[scene].append(self.sample.text("token", number))
         return found
 
     @cached_property
@@ -206,16 +246,18 @@ class IndexedTables(Tables):
     def categories_of_sample(self, token: str) -> list[tuple[str, int]]:
         rows = self.annotations_of_sample.numbers(token)
         annotations, instances = self.sample_annotation, self.instance
-        points = annotations["num_lidar_pts"][rows] + annotations["num_radar_pts"][rows]
-        codes = instances["category"][annotations["instance"][rows]]
-        return [
-            (self._category_name(code), count)
-            for code, count in zip(codes.tolist(), points.tolist(), strict=True)
-        ]
+        with _damage_told(self.place):
+            points = annotations["num_lidar_pts"][rows] + annotations["num_radar_pts"][rows]
+            codes = instances["category"][annotations["instance"][rows]]
+            return [
+                (self._category_name(code), count)
+                for code, count in zip(codes.tolist(), points.tolist(), strict=True)
+            ]
 
     def velocities_of_sample(self, token: str) -> list[tuple[float, float]]:
         rows = self.annotations_of_sample.numbers(token)
-        return [(vx, vy) for vx, vy in self.sample_annotation["velocity"][rows].tolist()]
+        with _damage_told(self.place):
+            return [(vx, vy) for vx, vy in self.sample_annotation["velocity"][rows].tolist()]
 
     def _category_name(self, code: int) -> str:
         if code not in self._category_names:
@@ -250,6 +292,14 @@ def _ego_pose_row(table: IndexTable[EgoPoseRow], number: int) -> EgoPoseRow:
         translation=tuple(table["translation"][number].tolist()),
         rotation=tuple(table["rotation"][number].tolist()),
     )
+
+
+@contextlib.contextmanager
+def _damage_told(place: Path) -> Iterator[None]:
+    try:
+        yield
+    except DAMAGE as error:
+        raise _damaged(place, error) from None
 
 
 def _damaged(place: Path, error: Exception) -> DataError:

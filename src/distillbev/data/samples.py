@@ -352,6 +352,11 @@ class NuScenes:
         global2lidar = invert_rigid(lidar2global)
         box2lidar = global2lidar @ box2global
         velocity = np.array(self._tables.velocities_of_sample(token)).reshape(-1, 2)
+        if (np.abs(velocity) > FARTHEST_M).any():
+            raise DataError(
+                f"sample_annotation.json: an object of sample {token!r} is infinitely far away in a neighbouring key "
+                "frame; mend its translation there"
+            )
 
         boxes = np.empty((len(rows), 9))
         boxes[:, :3] = box2lidar[:, :3, 3]
