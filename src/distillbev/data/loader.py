@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import cast
 
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import DistillBevError
@@ -43,7 +44,7 @@ def make_loader(
         batch_sampler=cast(Iterable[list[int]], batches),  # torch's types know plain indices only
         num_workers=workers,
         collate_fn=_collate_or_error,
-        worker_init_fn=_limit_threads if workers else None,
+        worker_init_fn=_start_worker if workers else None,
     )
     return BatchLoader(loader, len(batches))
 
@@ -116,5 +117,8 @@ def _collate_or_error(pieces: list[Batch | DistillBevError]) -> Batch | DistillB
         return error
 
 
-def _limit_threads(_worker: int) -> None:
+def _start_worker(_worker: int) -> None:
     torch.set_num_threads(1)
+    Image.core.set_blocks_max(
+        8
+    )  # Pillow keeps memory for the next image; asking anew costs a tenth of the time

@@ -106,6 +106,13 @@ def balance_classes(labels_of_frames: Sequence[set[int]], seed: int) -> list[int
 
     Source: class-balanced grouping and sampling (arXiv:1908.09492), section 3.1, in the form that the
     reference uses: of the N frame-class pairs each of K classes gives N/K frames, drawn with replacement.
+
+    Args:
+        labels_of_frames: the classes whose boxes each frame holds.
+        seed: of the drawing.
+
+    Raises:
+        DataError: no frame holds a box.
     """
     frames_of_class: dict[int, list[int]] = {}
     for frame, labels in enumerate(labels_of_frames):
@@ -114,9 +121,11 @@ def balance_classes(labels_of_frames: Sequence[set[int]], seed: int) -> list[int
     if not frames_of_class:
         raise DataError("no frame holds a box of any detection class; nothing to balance")
     rng = np.random.default_rng(seed)
-    share = sum(map(len, frames_of_class.values())) / len(frames_of_class)
-    return [
-        int(frame)
-        for label in sorted(frames_of_class)
-        for frame in rng.choice(frames_of_class[label], max(int(share), 1))
-    ]
+    num_pairs = sum(map(len, frames_of_class.values()))
+    balanced: list[int] = []
+    for label in sorted(frames_of_class):
+        frames = frames_of_class[label]
+        # The reference's own arithmetic: where N/K is a whole number, rounding may take one off.
+        repeats = (1 / len(frames_of_class)) / (len(frames) / num_pairs)
+        balanced += rng.choice(frames, int(len(frames) * repeats)).tolist()
+    return balanced
