@@ -23,6 +23,7 @@ from .models.depth_net import ReleaseDepthNetConfig
 from .models.history import HistoryConfig
 from .models.lidar_query_teacher import LidarQueryTeacherConfig
 from .models.lift import DepthBins, DepthLossConfig, LiftConfig
+from .models.nms import CircleNms, RotatedNms
 from .models.pillars import DynamicPillarsConfig
 from .models.second import SecondConfig, SecondFpnConfig
 from .models.voxels import SparseVoxelsConfig
@@ -32,6 +33,17 @@ from .train.schedule import ScheduleConfig
 KEY_FRAMES = 28130  # of nuScenes' training split
 # Masks exist for key frames only; earlier sweeps come as measured.
 VIRTUAL = VirtualPointsInput(absent="measured_only")
+# The release draws camera sweeps 0.75 to 2.25 s back in training and takes 1.5 s in tests; key frames are 0.5 s apart.
+PAST = PastConfig(step=3, training_steps=(2, 4))
+# Scale-NMS by class, for the cameras' errors; barriers, which stand in rows, by distance.
+SCALE_NMS = (
+    RotatedNms(class_scale=(1.0,)),
+    RotatedNms(class_scale=(0.7, 0.7)),
+    RotatedNms(class_scale=(0.4, 0.55)),
+    CircleNms(min_squared_distance_m2=1.0),
+    RotatedNms(class_scale=(1.0, 1.0)),
+    RotatedNms(max_iou=0.5, class_scale=(4.5, 9.0)),
+)
 
 
 def centerpoint_pillar02() -> Experiment:
@@ -100,7 +112,9 @@ def mvpformer() -> Experiment:
     )
     base = lidarformer()
     data = replace(base.data, virtual_points=VIRTUAL)
-    return replace(base, name="mvpformer", teacher=LidarQueryTeacherConfig(points=points), data=data)
+    optim = replace(base.optim, steps=20 * KEY_FRAMES // 24, labelled_per_step=24)
+    teacher = LidarQueryTeacherConfig(points=points)
+    return replace(base, name="mvpformer", teacher=teacher, data=data, optim=optim)
 
 
 def bevdet_r50() -> Experiment:
@@ -109,7 +123,7 @@ def bevdet_r50() -> Experiment:
         name="bevdet_r50",
         student=BevDetConfig(
             bev_neck=LssNeckConfig(extra_norm_act=True),
-            head=CenterHeadConfig(code_weights=(1.0,) * 10),
+            head=CenterHeadConfig(code_weights=(1.0,) * 10, nms=SCALE_NMS),
         ),
         data=DataConfig(
             image_size_px=(704, 256),
@@ -133,11 +147,11 @@ def bevdet_r50() -> Experiment:
 
 
 def bevdet4d_r50() -> Experiment:
-    """Camera student: BEVDet4D, the map of the key frame before beside its own."""
+    """Camera student: BEVDet4D, the map of an earlier key frame beside its own."""
     base = bevdet_r50()
     assert base.student is not None
     student = replace(base.student, history=HistoryConfig())
-    return replace(base, name="bevdet4d_r50", student=student, data=replace(base.data, past=PastConfig()))
+    return replace(base, name="bevdet4d_r50", student=student, data=replace(base.data, past=PAST))
 
 
 def bevdepth_r50() -> Experiment:
@@ -147,13 +161,15 @@ def bevdepth_r50() -> Experiment:
     lift = LiftConfig(
         depth=DepthBins(start_m=1.0, stop_m=60.0, step_m=1.0), depth_net=ReleaseDepthNetConfig()
     )
-    student = replace(base.student, lift=lift, depth_loss=DepthLossConfig(weight=100.0))
+    # The weight goes with the release's loss. Its labels do not: they belong to features at cell corners.
+    depth_loss = replace(DepthLossConfig.release(), labels="centred")
+    student = replace(base.student, lift=lift, depth_loss=depth_loss)
     data = replace(base.data, load_points=True)
     return replace(base, name="bevdepth_r50", student=student, data=data)
 
 
 def bevformer_r50() -> Experiment:
-    """Camera student: BEVFormer with ResNet-50 at 1600x900, three key frames before; one rate for all layers."""
+    """Camera student: BEVFormer with ResNet-50 at 1600x900, three key frames before."""
     return Experiment(
         name="bevformer_r50",
         student=BevFormerConfig(),
@@ -167,6 +183,7 @@ def bevformer_r50() -> Experiment:
             steps=24 * KEY_FRAMES // 8,  # 24 epochs, 8 devices of 1
             labelled_per_step=8,
             learning_rate=2e-4,
+            backbone_lr_factor=0.1,
             schedule=ScheduleConfig(warmup_share=0.006, start_factor=1 / 3, final_factor=1e-3),
             clip_norm=35.0,
         ),
