@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -103,6 +104,8 @@ def test_headings_from_rear_to_front_are_recognised(scenes: list[Scene]) -> None
     def mistake(rows: torch.Tensor) -> None:
         rows[:, 6] += np.pi
 
+    errors = evaluate(ground_truth_boxes(samples_of(scenes)), with_mistake(scenes, mistake)).tp_errors
+    assert errors[0, 2] == pytest.approx(np.pi, abs=0.2)  # the fingerprint that users report
     finding = the_finding(scenes, mistake)
     assert finding.fault == "heading" and "front and rear" in finding.message
 
@@ -131,6 +134,8 @@ def test_swapped_length_and_width_are_recognised(scenes: list[Scene]) -> None:
     def mistake(rows: torch.Tensor) -> None:
         rows[:, [3, 4]] = rows[:, [4, 3]]
 
+    errors = evaluate(ground_truth_boxes(samples_of(scenes)), with_mistake(scenes, mistake)).tp_errors
+    assert errors[0, 1] == pytest.approx(0.72, abs=0.04)  # the fingerprint that users report
     finding = the_finding(scenes, mistake)
     assert finding.fault == "size_order" and "width is what was given as length" in finding.message
 
@@ -180,6 +185,70 @@ def test_an_ego_pose_of_another_time_is_recognised(scenes: list[Scene]) -> None:
         late.append(with_found(scene, [Found(f.box - shift, f.name, f.score) for f in scene.found]))
     finding = the_finding(late, lambda rows: None)
     assert finding.fault == "ego_motion" and "-0.3" in finding.message
+
+
+@pytest.mark.parametrize(("seconds", "told"), [(-0.3, "behind"), (0.3, "ahead of")])
+def test_a_sweep_of_another_time_is_recognised(scenes: list[Scene], seconds: float, told: str) -> None:
+    def mistake(rows: torch.Tensor) -> None:
+        rows[:, :2] += seconds * rows[:, 7:9]
+
+    finding = the_finding(going_everywhere(scenes), mistake)
+    assert finding.fault == "time" and told in finding.message and "0.3" in finding.message
+
+
+def going_everywhere(scenes: list[Scene]) -> list[Scene]:
+    """The same with objects that move along their headings, at up to 8 m/s, and detections that know it."""
+    moved = []
+    rng = np.random.default_rng(3)
+    for scene in scenes:
+        truths, found = [], []
+        for truth, (near, far) in zip(
+            scene.truths, zip(scene.found[::2], scene.found[1::2], strict=True), strict=True
+        ):
+            yaw = truth.box[6]
+            velocity = rng.uniform(0, 8) * np.array([np.cos(yaw), np.sin(yaw)])
+            truths.append(replace(truth, box=np.concatenate([truth.box[:7], velocity])))
+            known = velocity + rng.normal(0, 0.2, 2)
+            found += [replace(f, box=np.concatenate([f.box[:7], known])) for f in (near, far)]
+        moved.append(replace(scene, truths=truths, found=found))
+    return moved
+
+
+def negated(rows: torch.Tensor) -> None:
+    rows[:, 7:9] *= -1
+
+
+def per_key_frame(rows: torch.Tensor) -> None:
+    rows[:, 7:9] *= 0.5
+
+
+def exchanged(rows: torch.Tensor) -> None:
+    rows[:, [7, 8]] = rows[:, [8, 7]]
+
+
+@pytest.mark.parametrize(
+    ("mistake", "told"), [(negated, "negated"), (per_key_frame, "per key frame"), (exchanged, "exchanged")]
+)
+def test_velocities_of_another_convention_are_recognised(
+    scenes: list[Scene], mistake: Callable[[torch.Tensor], None], told: str
+) -> None:
+    finding = the_finding(going_everywhere(scenes), mistake)
+    assert finding.fault == "velocity" and told in finding.message
+
+
+def test_velocities_left_in_the_lidar_frame_and_relative_ones_are_recognised(scenes: list[Scene]) -> None:
+    scenes = going_everywhere(scenes)
+    assert findings(scenes, None) == ()
+    ground_truth, boxes = ground_truth_boxes(samples_of(scenes)), with_mistake(scenes, None)
+    turn = ground_truth.lidar2global[boxes.sample_index, :2, :2]
+    in_lidar = np.einsum("nji,nj->ni", turn, boxes.velocity_m_s)
+    (finding,) = diagnose(ground_truth, replace(boxes, velocity_m_s=in_lidar))
+    assert finding.fault == "velocity" and "left in the LiDAR frame" in finding.message
+
+    way = np.diff(ground_truth.ego_xy_m, axis=0, append=ground_truth.ego_xy_m[-1:] + 1)
+    ego = way[boxes.sample_index] / 0.5
+    (finding,) = diagnose(ground_truth, replace(boxes, velocity_m_s=boxes.velocity_m_s - ego))
+    assert finding.fault == "velocity" and "relative to the ego vehicle" in finding.message
 
 
 def test_mirrored_x_is_recognised_and_headings_are_judged_behind_it(scenes: list[Scene]) -> None:

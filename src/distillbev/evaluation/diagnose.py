@@ -20,7 +20,17 @@ from .eval_boxes import EvalBoxes, GroundTruth
 from .matching import UNMATCHED, match, order_by_score
 from .metrics import DetectionEvalConfig, filter_boxes
 
-Fault = Literal["placement", "origin", "ego_motion", "height", "size_order", "heading", "heading_sense"]
+Fault = Literal[
+    "placement",
+    "origin",
+    "ego_motion",
+    "time",
+    "height",
+    "size_order",
+    "heading",
+    "heading_sense",
+    "velocity",
+]
 MIN_PAIRS = 10  # fewer pairs prove nothing
 
 
@@ -34,7 +44,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class _Pairs:
-    """Matched boxes, in the LiDAR frame of their samples: centre (M, 3), sizes w l h (M, 3), yaw (M,)."""
+    """Matched boxes, in the LiDAR frame of their samples: centre (M, 3), sizes w l h (M, 3), yaw (M,).
+
+    Velocities (M, 2) are over ground; `given_velocity_m_s` is as it was given, not turned.
+    """
 
     sample_index: NDArray[np.int64]
     labels: NDArray[np.int64]
@@ -44,6 +57,9 @@ class _Pairs:
     truth_size_wlh_m: Array
     yaw_rad: Array
     truth_yaw_rad: Array
+    given_velocity_m_s: Array
+    velocity_m_s: Array
+    truth_velocity_m_s: Array
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -55,8 +71,9 @@ def diagnose(
     """Looks for mixed-up conventions in the surest detections, as many as there are annotated boxes.
 
     Found are: mirrored or turned placement, boxes left in the LiDAR frame; a constant offset; an offset along
-    the ego vehicle's way; z of the bottom or the top; sizes in another order; headings in another convention,
-    or right but for front and rear. What lies behind a placement fault is judged with that fault undone.
+    the ego vehicle's way, or along each object's own; z of the bottom or the top; sizes in another order;
+    headings in another convention, or right but for front and rear; velocities in another frame or unit. What
+    lies behind a placement fault is judged with that fault undone, velocities not at all.
 
     Returns:
         findings, the gravest first; empty when nothing is wrong or fewer than MIN_PAIRS boxes match.
@@ -76,6 +93,7 @@ def diagnose(
             _find_height(pairs),
             _find_size_order(pairs),
             _find_heading(pairs),
+            None if placement else _find_velocity(pairs, ground_truth),
         )
         findings += [finding for finding in checks if finding is not None]
     return tuple(findings)
@@ -115,24 +133,27 @@ def _find_placement(
 
 
 def _find_offset(pairs: _Pairs, ground_truth: GroundTruth) -> Finding | None:
-    """A shift in the ground plane, constant in the LiDAR frame or growing with the way driven."""
+    """A shift in the ground plane: constant in the LiDAR frame, or growing with the way or with the speed."""
     residual = (pairs.centre_m - pairs.truth_centre_m)[:, :2]
     constant = np.median(residual, axis=0)
     spread = _spread(residual - constant)
     way = _way_since_previous_sample(ground_truth)[pairs.sample_index]  # (M, 2), LiDAR frame
-    driving = np.isfinite(way).all(axis=1) & (np.linalg.norm(np.nan_to_num(way), axis=1) > 0.2)
-    if driving.sum() >= MIN_PAIRS:
-        share = float((residual[driving] * way[driving]).sum() / np.square(way[driving]).sum())
-        left, around_constant = residual[driving] - share * way[driving], residual[driving] - constant
-        if abs(share) > 0.1 and _spread(left) < 0.7 * min(
-            _spread(around_constant), _spread(residual[driving])
-        ):
-            return Finding(
-                "ego_motion",
-                f"boxes are displaced along the ego vehicle's way, by {share:+.2f} of the way since the "
-                "previous sample, so that fast scenes suffer most; use the ego pose of the key LiDAR sweep, "
-                "not that of another time stamp",
-            )
+    share = _share_along(residual, way, least_m=0.2)
+    if share is not None and abs(share) > 0.1:
+        return Finding(
+            "ego_motion",
+            f"boxes are displaced along the ego vehicle's way, by {share:+.2f} of the way since the "
+            "previous sample, so that fast scenes suffer most; use the ego pose of the key LiDAR sweep, "
+            "not that of another time stamp",
+        )
+    seconds = _share_along(residual, pairs.truth_velocity_m_s, least_m=1.0)
+    if seconds is not None and abs(seconds) > 0.05:
+        where = "ahead of" if seconds > 0 else "behind"
+        return Finding(
+            "time",
+            f"moving objects are placed {where} where they are, by {abs(seconds):.2f} s of their own motion; "
+            "a sweep's time stamp, or the sign of the time channel, is wrong",
+        )
     if np.linalg.norm(constant) < 0.25 or np.linalg.norm(constant) < spread:
         return None
     message = (
@@ -144,6 +165,20 @@ def _find_offset(pairs: _Pairs, ground_truth: GroundTruth) -> Finding | None:
         if np.linalg.norm(constant - sign * ego_xy) < 0.15:
             message += "; it equals the distance between LiDAR and ego origin: one was taken for the other"
     return Finding("origin", message)
+
+
+def _share_along(residual: Array, motion: Array, least_m: float) -> float | None:
+    """The factor that explains residuals (M, 2) by motions (M, 2, NaN unknown); None where it does not.
+
+    It does if it leaves a far smaller spread than a constant offset and than nothing at all.
+    """
+    moving = np.linalg.norm(np.nan_to_num(motion), axis=1) > least_m
+    if moving.sum() < MIN_PAIRS:
+        return None
+    residual, motion = residual[moving], motion[moving]
+    share = float((residual * motion).sum() / np.square(motion).sum())
+    without = min(_spread(residual - np.median(residual, axis=0)), _spread(residual))
+    return share if _spread(residual - share * motion) < 0.7 * without else None
 
 
 def _find_height(pairs: _Pairs) -> Finding | None:
@@ -237,6 +272,37 @@ def _find_heading(pairs: _Pairs) -> Finding | None:
     return None
 
 
+def _find_velocity(pairs: _Pairs, ground_truth: GroundTruth) -> Finding | None:
+    """Velocities of moving objects that fit in another frame or unit."""
+    truth = pairs.truth_velocity_m_s
+    moving = np.linalg.norm(np.nan_to_num(truth), axis=1) > 1.0
+    moving &= np.isfinite(pairs.velocity_m_s).all(axis=1)
+    if moving.sum() < MIN_PAIRS:
+        return None
+    given, truth = pairs.velocity_m_s[moving], truth[moving]
+    # Samples are 0.5 s apart; unknown (NaN) at a scene's beginning.
+    ego = _way_since_previous_sample(ground_truth)[pairs.sample_index][moving] / 0.5
+    candidates = {
+        "are negated": -given,
+        "were left in the LiDAR frame": pairs.given_velocity_m_s[moving],
+        "are mirrored (x negated)": given * [-1, 1],
+        "have x and y exchanged": given[:, ::-1],
+        "are metres per key frame (0.5 s), not per second": given / 0.5,
+        "are metres per sweep (0.05 s), not per second": given / 0.05,
+        "are relative to the ego vehicle, not over ground": given + ego,
+    }
+    as_given = _spread(given - truth)
+    errors = {name: float(np.nanmedian(np.linalg.norm(v - truth, axis=1))) for name, v in candidates.items()}
+    best = min(errors, key=lambda name: errors[name])
+    if as_given < 0.5 or errors[best] > 0.5 * as_given:
+        return None
+    return Finding(
+        "velocity",
+        f"velocities {best} (error of moving objects {as_given:.2f} m/s, corrected {errors[best]:.2f}); "
+        "nuScenes files hold metres per second over ground, global x and y",
+    )
+
+
 def _pair(truth: EvalBoxes, detections: EvalBoxes, ground_truth: GroundTruth) -> _Pairs:
     taken = match(truth, detections, (4.0,), order_by_score(detections))[0]
     rows = np.flatnonzero(taken != UNMATCHED)
@@ -252,6 +318,8 @@ def _pair(truth: EvalBoxes, detections: EvalBoxes, ground_truth: GroundTruth) ->
         boxes.size_wlh_m,
         chosen.yaw_rad(),
         boxes.yaw_rad(),
+        chosen.velocity_m_s,
+        *(np.einsum("nij,nj->ni", global2lidar[:, :2, :2], v.velocity_m_s) for v in (chosen, boxes)),
     )
 
 
