@@ -36,6 +36,7 @@ POSE = (
     '"rotation":[\n0.5720320396729045,\n-0.0016977771610471074,\n0.011798001930183783,\n-0.8201446642457809\n],'
     '"translation":[\n411.3039349319818,\n1180.8903791765097,\n0.0\n]'
 )
+PLACE_ON_CAR = '"rotation":[\n0.5,\n-0.5,\n0.5,\n-0.5\n],"translation":[\n1.722,\n0.005,\n1.495\n]'
 
 
 def token(*parts: object) -> str:
@@ -88,7 +89,7 @@ def write_tables(root: Path, num_scenes: int) -> None:
             matrix = "[[1266.4,0.0,816.3],[0.0,1266.4,491.5],[0.0,0.0,1.0]]" if channel[0] == "C" else "[]"
             row(
                 "calibrated_sensor",
-                f'"token":"{calibration}","sensor_token":"{token(channel)}",{POSE},"camera_intrinsic":{matrix}',
+                f'"token":"{calibration}","sensor_token":"{token(channel)}",{PLACE_ON_CAR},"camera_intrinsic":{matrix}',
             )
             tokens = [token(scene, channel, i) for i in range(num_keys * steps)] + [""]
             for i in range(num_keys * steps):
