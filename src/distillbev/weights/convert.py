@@ -6,12 +6,10 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from msgspec.structs import replace
 from torch import Tensor
 
 from ..config import write_config
 from ..errors import CheckpointError
-from ..models.bevdet import BevDetConfig
 from ..models.detectors import StudentConfig, TeacherConfig
 from ..train.checkpoint import save_weights
 from ..train.experiment import Experiment
@@ -28,7 +26,11 @@ from .rename import (
     turn_kernel,
     turn_weight,
 )
+from .runs import run_of, with_ground
 
+FIRST_POINT_LAYER = re.compile(r"(pillars|points)\.(pfn_layers\.0\.(linear|0)|conv_input\.0)\.weight$")
+# Input columns of that layer -> which of them is the time: of a pillar's points, of the means of voxels.
+TIME_OF_COLUMNS = ({10: 4, 11: 4, 22: 16, 23: 16}, {5: 4, 23: 5})
 STEM, STEM_MEAN = "image_encoder.backbone.conv1.weight", "image_encoder.backbone.bn1.running_mean"
 
 
@@ -112,8 +114,8 @@ def import_weights(
 
     Args:
         path: `.pth`, or whatever torch.save wrote, or `.safetensors`; nothing in it is run.
-        out: a new .safetensors file, whose metadata say where the weights come from; or, with an experiment, the
-            folder of a finished run. Adapters go to a file beside the weights.
+        out: a new .safetensors file, whose metadata say where the weights come from, or a folder, which becomes
+            that of a finished run (see `run_of`). Adapters go to a file beside the weights.
         experiment: whose student or teacher the weights are for; without one the model is inferred from shapes.
         lax: write what there is: keys without a name of ours are left out, keys that are missing or do not fit
             are told, not refused.
@@ -124,11 +126,9 @@ def import_weights(
         CheckpointError: the file is absent, damaged, holds code, is of no known architecture, has keys without a
             name of ours, or does not fit the model (the last two unless `lax`), or `out` cannot be written.
     """
-    as_run = out.suffix != ".safetensors"
-    if as_run and (out.suffix or experiment is None):
+    if out.suffix not in ("", ".safetensors"):
         raise CheckpointError(
-            f"{out}: not a name of what is written; end it in .safetensors, or give --recipe and the name of a folder "
-            "for a run"
+            f"{out}: not a name of what is written; end it in .safetensors, or name a folder"
         )
     published = read_published(path)
     try:
@@ -142,8 +142,12 @@ def import_weights(
         told["pixels"] = report.pixels
     weights, adapters = out, out.with_suffix(f".{ADAPTERS_FILE}")
     run = None
-    if as_run and experiment is not None and config is not None:
-        run = _alone(experiment, config)
+    if not out.suffix:
+        if config is None or report.misfit:
+            raise CheckpointError(
+                f"{out}: no run can be made of parts; end the name in .safetensors to write them"
+            )
+        run = run_of(with_ground(config, published.config) if experiment is None else config, experiment)
         weights, adapters = out / WEIGHTS_FILE, out / ADAPTERS_FILE
     weights.parent.mkdir(parents=True, exist_ok=True)
     save_weights(converted.state, weights, told)
@@ -194,6 +198,8 @@ def convert(published: Published, version: str | None = None, pixels: str | None
                 report.renamed.append((name, ours))
         else:
             report.unused.append(name)
+    if source.kind == "teacher":
+        _turn_time(made)
     if source.biases_before_norms:
         _fold_biases(made)
     if source.pixels is not None and STEM in made.state:
@@ -225,6 +231,18 @@ def _box_convention(source: Source, given: str | None, found: str | None) -> tup
 
 def _era(new: bool) -> str:
     return "from mmdetection3d 1.0 on" if new else "before mmdetection3d 1.0"
+
+
+def _turn_time(made: Converted) -> None:
+    """Elsewhere the time of a point is how long ago it was measured, ours is negative before the key sweep."""
+    theirs_of = {ours: theirs for theirs, ours in made.report.renamed}
+    for name in [name for name in made.state if FIRST_POINT_LAYER.match(name)]:
+        kernel = made.state[name].clone()
+        column = TIME_OF_COLUMNS[kernel.ndim == 5].get(kernel.shape[-1])
+        if column is not None:
+            kernel[..., column] *= -1
+            made.state[name] = kernel
+            made.report.reordered.append((theirs_of[name], "sign of the points' time"))
 
 
 def _fold_biases(made: Converted) -> None:
@@ -305,24 +323,3 @@ def _hold(
         raise CheckpointError(f"not {report.model}: {found}; {hint}")
     report.misfit = found or None
     return config
-
-
-def _alone(experiment: Experiment, config: StudentConfig | TeacherConfig) -> Experiment:
-    """The run that might have trained these weights: its detector alone, with the geometry of published code."""
-    if isinstance(config, StudentConfig):
-        if isinstance(config, BevDetConfig):
-            lift = replace(config.lift, corner_aligned_pixels=True, truncate_cells=True)
-            history = config.history and replace(config.history, lower_corners=True)
-            config = replace(config, lift=lift, history=history)
-        return replace(
-            experiment, student=config, teacher=None, teacher_weights=None, distill=None, inherit_head=False
-        )
-    return replace(
-        experiment,
-        student=None,
-        distill=None,
-        inherit_head=False,
-        teacher=config,
-        teacher_weights=None,
-        data=replace(experiment.data, load_images=False),
-    )
