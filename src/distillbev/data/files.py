@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import stat
 from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import msgspec
 
 from ..errors import DataError
 
 LONGEST_NAME = 255  # characters
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+# What msgspec raises where JSON is damaged, of another form than asked for, no UTF-8, or nested by the thousand.
+NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 def read_whole(path: Path, what: str, most_bytes: int, absent: str) -> bytes:
@@ -65,4 +71,4 @@ def is_plain_name(name: str) -> bool:
 
 def _is_clean(text: str) -> bool:
     """No control characters, which no file needs and terminals obey."""
-    return not any(ord(character) < 32 or ord(character) == 127 for character in text)
+    return _CONTROL.search(text) is None

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DataError
-from .files import read_whole
+from .files import NOT_JSON, read_whole
 from .index_writer import LAYOUTS
 from .tables import (
     AnnotationRow,
@@ -57,7 +57,7 @@ def read_list(place: Path) -> IndexList | None:
     try:
         content = read_whole(place / LIST, "list of an index", MOST_LIST_BYTES, "")
         return msgspec.json.decode(content, type=IndexList)
-    except (DataError, msgspec.DecodeError, RecursionError):
+    except (DataError, *NOT_JSON):
         return None
 
 

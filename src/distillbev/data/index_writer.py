@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DataError
+from .files import NOT_JSON
 from .tables import (
     MAX_VELOCITY_GAP_S,
     AnnotationRow,
@@ -301,7 +302,7 @@ def _read_columns(path: Path, layout: Layout) -> Columns:
     try:
         try:
             parts = [layout.columns(rows, codes) for rows in _chunks(path, layout.row_type)]
-        except (msgspec.DecodeError, ValueError):
+        except (*NOT_JSON, ValueError):
             codes.clear()  # the whole at once tells errors and takes the NaN of Python's json
             parts = [layout.columns(read_rows(path, layout.row_type), codes)]
     except (DataError, ValueError, OverflowError) as error:

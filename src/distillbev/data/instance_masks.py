@@ -9,11 +9,12 @@ image in which nothing was found has both files, too.
 from __future__ import annotations
 
 import difflib
-import json
+import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -21,7 +22,11 @@ from PIL import Image
 from ..classes import CLASSES
 from ..config import Config
 from ..errors import ConfigError, DataError
+from .files import NOT_JSON, read_whole
+from .images import FORMATS, read_image_file
 from .schema import CameraFrame, Sample
+
+MOST_LIST_BYTES = 2**24
 
 
 @dataclass(frozen=True)
@@ -93,14 +98,13 @@ class WorldMasks:
             raise DataError(f"sample {sample.token} came without annotations, and they tell a mask's class")
         folder = self.root / "instance_masks"
         mapping = folder / f"{sample.scene}.json"
+        absent = "; only a world simulated with masks has true ones"
+        content = read_whole(mapping, "list of masks", MOST_LIST_BYTES, absent)
         try:
-            tokens = {str(token): int(number) for number, token in json.loads(mapping.read_text()).items()}
-        except FileNotFoundError:
-            raise DataError(
-                f"{mapping}: no such file; only a world simulated with masks has true ones"
-            ) from None
-        except (ValueError, AttributeError) as error:
+            numbers = msgspec.json.decode(content, type=dict[int, str])
+        except NOT_JSON as error:
             raise DataError(f"{mapping}: expected {{number: instance token}}: {error}") from None
+        tokens = {token: number for number, token in numbers.items()}
         annotations = sample.annotations
         label_of = {
             tokens[token]: int(label)
@@ -127,17 +131,15 @@ def read_instance_numbers(path: Path, camera: CameraFrame) -> NDArray[np.int64]:
     Raises:
         DataError: the file is absent, no image of one channel, or of another size than the camera's images.
     """
-    try:
-        with Image.open(path) as image:
-            numbers = np.array(image)
-    except FileNotFoundError:
-        raise DataError(
-            f"{path}: no such mask image for {camera.path.name}; run the 2-D detector on every image "
-            "(one without instances has a mask of zeros)"
-        ) from None
-    except (OSError, SyntaxError) as error:
-        raise DataError(f"{path}: unreadable mask image: {error}; write it again") from None
+    absent = f" for {camera.path.name}; run the 2-D detector on every image (one without instances has a mask of zeros)"
+    content = read_image_file(path, "mask image", absent)
     width, height = camera.size_wh_px
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            # What claims to be larger is not decoded.
+            numbers = np.array(image) if image.size == camera.size_wh_px else np.empty(image.size[::-1], bool)
+    except Exception as error:  # Pillow's decoders raise many types, and any of them means the same here
+        raise DataError(f"{path}: unreadable mask image: {error}; write it again") from None
     if numbers.shape != (height, width) or not np.issubdtype(numbers.dtype, np.integer):
         raise DataError(
             f"{path}: mask image of shape {numbers.shape} and type {numbers.dtype}; expected one channel of "
@@ -146,22 +148,35 @@ def read_instance_numbers(path: Path, camera: CameraFrame) -> NDArray[np.int64]:
     return numbers.astype(np.int64)
 
 
+class _Instance(msgspec.Struct):
+    id: int
+    name: str = msgspec.field(name="class")
+    score: float
+
+
+class _Listing(msgspec.Struct):
+    instances: list[_Instance]
+
+
 def _read_listing(path: Path) -> Iterator[tuple[int, int, float]]:
+    content = read_whole(path, "list of instances", MOST_LIST_BYTES, " beside the mask image; write one")
     try:
-        instances = json.loads(path.read_text())["instances"]
-        rows = [(int(row["id"]), str(row["class"]), float(row["score"])) for row in instances]
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such list of instances beside the mask image; write one") from None
-    except (ValueError, KeyError, TypeError) as error:
+        instances = msgspec.json.decode(content, type=_Listing).instances
+    except NOT_JSON as error:
         raise DataError(
-            f'{path}: not a list of instances ({error!r}); expected {{"instances": [{{"id": 1, "class": '
+            f'{path}: not a list of instances ({error}); expected {{"instances": [{{"id": 1, "class": '
             '"car", "score": 0.9}, ...]}'
         ) from None
-    for number, name, score in rows:
+    seen: set[int] = set()
+    for row in instances:
+        number, name, score = row.id, row.name, row.score
+        if number in seen:
+            raise DataError(f"{path}: instance {number} is listed twice; list each once")
+        seen.add(number)
         if name not in CLASSES:
-            near = difflib.get_close_matches(name, CLASSES, n=2) or CLASSES
+            near = difflib.get_close_matches(name[:80], CLASSES, n=2) or CLASSES
             raise DataError(
-                f"{path}: instance {number} is of class {name!r}; expected one of {', '.join(near)}"
+                f"{path}: instance {number} is of class {name[:80]!r}; expected one of {', '.join(near)}"
             )
         if number < 1 or not 0 <= score <= 1:
             raise DataError(

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from ..classes import CLASSES
 from ..errors import ConfigError
+from .images import load_image
 from .instance_masks import InstanceMasks
 from .schema import Sample
 
@@ -34,8 +34,8 @@ class MaskRcnn:
         network = _network()
         found = []
         for camera in sample.cameras:
-            with Image.open(camera.path) as image:
-                pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) / 255
+            image = load_image(camera).image
+            pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
             result = network([pixels])[0]
             keep = [
                 i

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ..classes import CATEGORY_TO_CLASS, CLASSES
 from ..errors import DataError
 from ..geometry import invert_rigid, pose_matrix, quaternion_to_rotation, yaw_of_rotation
-from .files import read_whole, stays_inside
+from .files import NOT_JSON, read_whole, stays_inside
 from .index import open_tables
 from .schema import Annotations, CameraFrame, LidarSweep, Sample
 from .tables import (
@@ -218,7 +218,7 @@ class NuScenes:
         content = read_whole(path, "list of splits", MOST_SPLITS_BYTES, "; copy it again")
         try:
             splits = msgspec.json.decode(content, type=dict[str, list[str]])
-        except msgspec.DecodeError as error:
+        except NOT_JSON as error:
             raise DataError(f"{path}: not valid JSON: {error}; expected {{split: [scene names]}}") from None
         known = set(self.scenes())
         for split, names in splits.items():

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Generic, TypeVar
 import msgspec
 
 from ..errors import DataError
-from .files import LONGEST_NAME, is_plain_name, read_whole
+from .files import LONGEST_NAME, NOT_JSON, is_plain_name, read_whole
 
 Vector = tuple[float, float, float]
 Quaternion = tuple[float, float, float, float]
@@ -346,7 +346,7 @@ def read_rows(path: Path, row_type: type[RowT]) -> list[RowT]:
     content = read_whole(path, "table", MOST_TABLE_BYTES, absent)
     try:
         return msgspec.json.decode(content, type=list[row_type])
-    except (msgspec.DecodeError, RecursionError):
+    except NOT_JSON:
         return _read_rows_slowly(path, content, row_type)
 
 
