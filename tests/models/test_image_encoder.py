@@ -224,3 +224,9 @@ def test_maps_of_timm_come_channels_first_whatever_its_model_does() -> None:
     images = torch.zeros(1, 2, 3, 32, 48)
     assert [stage.shape[1:] for stage in encoder.backbone(images[0])] == [(5, 4, 6), (7, 2, 3)]
     assert encoder(images).shape == (1, 2, 6, 4, 6)
+
+
+@pytest.mark.usefixtures("fake_timm")
+def test_a_timm_model_that_takes_no_image_size_says_so() -> None:
+    with pytest.raises(ConfigError, match="cannot build 'swin_tiny' as a backbone: .*img_size"):
+        TimmBackbone(TimmConfig(name="swin_tiny", image_size_px=(704, 256)))

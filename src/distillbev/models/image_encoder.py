@@ -71,11 +71,13 @@ class TimmConfig(Config, frozen=True):
     """A backbone of the timm library by its name there.
 
     `pretrained` lets timm fetch its weights, `checkpoint_blocks` trades time for memory as timm does it.
+    `image_size_px` (width, height) is for models that are built for one size, as Swin.
     """
 
     name: str = "convnext_tiny"
     pretrained: bool = False
     checkpoint_blocks: bool = False
+    image_size_px: tuple[int, int] | None = None
 
 
 class ImageEncoderConfig(Config, frozen=True):
@@ -223,11 +225,14 @@ class TimmBackbone(nn.Module):
                 + (f"did you mean {' or '.join(nearest)}?" if nearest else "see timm.list_models()")
             )
         try:
-            self.model = timm.create_model(config.name, pretrained=config.pretrained, features_only=True)
-        except (RuntimeError, AttributeError, OSError, ValueError) as error:
+            size = {} if config.image_size_px is None else {"img_size": config.image_size_px[::-1]}
+            self.model = timm.create_model(
+                config.name, pretrained=config.pretrained, features_only=True, **size
+            )
+            if config.checkpoint_blocks:
+                self.model.set_grad_checkpointing(True)
+        except (RuntimeError, AttributeError, OSError, TypeError, ValueError) as error:
             raise ConfigError(f"timm cannot build {config.name!r} as a backbone: {error}") from None
-        if config.checkpoint_blocks:
-            self.model.set_grad_checkpointing(True)
         self.out_channels = tuple(self.model.feature_info.channels())
         self.strides = tuple(self.model.feature_info.reduction())
 
