@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import multiprocessing.connection
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
-from types import FrameType
+from multiprocessing.process import BaseProcess
 
 import torch
 
@@ -77,7 +79,7 @@ class Feed:
 
     Raises:
         DataError: more damaged samples than the experiment allows.
-        RunError: a worker died.
+        DeadWorkerError: more often than the experiment allows.
     """
 
     def __init__(
@@ -95,7 +97,7 @@ class Feed:
         self.frames = ForgivingFrames(
             nuscenes,
             frames,
-            experiment.data,
+            experiment.training_data,
             experiment.seed,
             experiment.cache,
             experiment.faults.max_damaged_samples,
@@ -113,25 +115,22 @@ class Feed:
         taken = deaths = 0
         while True:
             step, parts_done = divmod(taken, accumulate)
-            batches = iter(self._loader(self.first_step + step))
+            batches = watched(iter(self._loader(self.first_step + step)))
             try:
-                if self.experiment.workers:
-                    batches = deaths_while_waiting(batches)
                 for batch in islice(batches, parts_done, None):
                     taken += 1
                     yield batch
                 return
-            except RuntimeError as error:
-                reason = death_of_worker(error)
-                if reason is None:
-                    raise
-                deaths += 1
-                if deaths > allowed:
-                    raise RunError(
-                        f"{self.experiment.name}: {reason}; lower `workers` or switch `cache` off if memory ran "
-                        f"out, or let faults.max_dead_workers={allowed} be {deaths} or more"
-                    ) from None
-                logger.warning("%s; started anew (%d of %d)", reason, deaths, allowed)
+            except DeadWorkerError as death:
+                reason = str(death)
+            # Outside of `except`, which would hold on to the loader and its other workers.
+            deaths += 1
+            if deaths > allowed:
+                raise DeadWorkerError(
+                    f"{self.experiment.name}: {reason}; lower `workers` or switch `cache` off if memory ran out, "
+                    f"or let faults.max_dead_workers={allowed} be {deaths} or more"
+                )
+            logger.warning("%s; started anew (%d of %d)", reason, deaths, allowed)
 
     def _loader(self, step: int) -> BatchLoader:
         optim = self.experiment.optim
@@ -149,40 +148,53 @@ class Feed:
         )
 
 
-def deaths_while_waiting(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The batches of worker processes; that one of them died is raised while a batch is waited for.
+class DeadWorkerError(RunError):
+    """A process that reads data was killed, or ended by itself."""
+
+
+def watched(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The batches of a loader; that a worker died is raised between batches, with its cause.
 
     By itself torch raises it wherever the program is, which amid an update would spoil the weights.
+
+    Raises:
+        DeadWorkerError: by which signal, or with which exit code.
     """
-    batch = next(batches, None)  # starts the workers and torch's handler
-    handler = signal.getsignal(signal.SIGCHLD)
-    if not callable(handler) or threading.current_thread() is not threading.main_thread():
-        handler = None  # torch then notices a death by itself, a few seconds later
-    waiting = False
-
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        if waiting and handler is not None:
-            handler(number, frame)
-
-    if handler is not None:
-        signal.signal(signal.SIGCHLD, pass_on)
-    try:
-        while batch is not None:
-            yield batch
-            waiting = True
-            if handler is not None:
-                handler(signal.SIGCHLD, None)  # for who died meanwhile
+    others = multiprocessing.active_children()
+    batch = next(batches, None)  # starts the workers, and sets torch's handler
+    workers = [child for child in multiprocessing.active_children() if child not in others]
+    handler = None
+    if workers and threading.current_thread() is threading.main_thread():
+        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch still looks every few seconds
+    reason = None
+    while batch is not None:
+        yield batch
+        reason = cause_of_death(workers)
+        if reason is not None:
+            break
+        try:
             batch = next(batches, None)
-            waiting = False
-    finally:
-        if handler is not None:
-            signal.signal(signal.SIGCHLD, handler)
+        except (RuntimeError, OSError, EOFError):  # the last two where it died while handing over
+            multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=1)
+            reason = cause_of_death(workers)
+            if reason is None:
+                raise
+            break
+    if reason is not None:
+        raise DeadWorkerError(reason)
+    if handler is not None:
+        signal.signal(signal.SIGCHLD, handler)
 
 
-def death_of_worker(error: RuntimeError) -> str | None:
-    """What torch says about a worker process that died, in one line; None for any other error."""
-    text = " ".join(str(error).split()).rstrip(".")
-    return "data" + text.removeprefix("DataLoader") if text.startswith("DataLoader worker") else None
+def cause_of_death(workers: Sequence[BaseProcess]) -> str | None:
+    """What ended the first worker that did not end well; None where all are well."""
+    for worker in workers:
+        if code := worker.exitcode:
+            how = (
+                f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            )
+            return f"data worker {worker.pid} {how}"
+    return None
 
 
 def require_labels_for_all(experiment: Experiment, world_size: int) -> None:

@@ -18,7 +18,7 @@ from ..errors import RunError
 from ..models.detectors import Student, Teacher
 from .checkpoint import load_weights
 from .experiment import Experiment
-from .feed import death_of_worker
+from .feed import watched
 from .loop import WEIGHTS_FILE, autocast, build_detector
 
 
@@ -86,7 +86,7 @@ def detect_batches(
     a sample's numbers may differ in the last digit with what stands beside it.
 
     Raises:
-        RunError: a data worker died.
+        DeadWorkerError: a process that reads data was killed.
     """
     device = next(detector.parameters()).device
     data = experiment.data
@@ -94,13 +94,11 @@ def detect_batches(
         data = replace(data, load_points=False)  # at run time a student sees cameras only
     dataset = FrameDataset(nuscenes, frames_of_tokens(tokens), data)
     loader = make_inference_loader(dataset, batch_size, experiment.workers, rank, world_size)
-    try:
-        for batch in track(loader, f"detecting ({experiment.name})", disable=not show_progress):
-            with autocast(experiment.optim.precision, device):
-                output = detector(batch.to(device))
-            found = [boxes.to("cpu") for boxes in detector.decode(output)]
-            yield dict(zip(batch.tokens, found, strict=True))
-    except RuntimeError as error:
-        if (reason := death_of_worker(error)) is None:
-            raise
-        raise RunError(f"{experiment.name}: {reason}; lower `workers` if memory ran out") from None
+    batches = track(
+        watched(iter(loader)), f"detecting ({experiment.name})", len(loader), disable=not show_progress
+    )
+    for batch in batches:
+        with autocast(experiment.optim.precision, device):
+            output = detector(batch.to(device))
+        found = [boxes.to("cpu") for boxes in detector.decode(output)]
+        yield dict(zip(batch.tokens, found, strict=True))

@@ -11,6 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -41,6 +42,7 @@ from .schedule import learning_rate_factor
 logger = logging.getLogger(__name__)
 
 WEIGHTS_FILE = "weights.safetensors"
+MANNER = ("faults", "log", "cache", "workers")  # not what comes out: a resumed run may change these
 ADAPTERS_FILE = "adapters.safetensors"  # what learns beside the student and is not needed after training
 
 
@@ -272,14 +274,16 @@ def what_is_kept(run: Path) -> str:
 
 
 def require_own_folder(experiment: Experiment, run: Path, resume: bool) -> None:
-    """Refuses a folder that holds something else than this experiment.
+    """Refuses a folder that holds something else than this experiment; what does not change it may differ.
 
     Raises:
         RunError: the folder holds another experiment, or the same one while `resume` is off.
     """
     path = run / "experiment.yaml"
     if path.exists():
-        if difference := first_difference(read_config(path, Experiment), experiment):
+        same_manner = {name: getattr(experiment, name) for name in MANNER}
+        theirs = msgspec.structs.replace(read_config(path, Experiment), **same_manner)
+        if difference := first_difference(theirs, experiment):
             key, theirs, ours = difference
             raise RunError(
                 f"{run} holds another run: its {key} is {theirs!r}, this one's {ours!r}; choose another --out"
@@ -293,8 +297,7 @@ def require_own_folder(experiment: Experiment, run: Path, resume: bool) -> None:
 def claim_run_folder(experiment: Experiment, run: Path) -> None:
     """Makes the folder this experiment's own."""
     run.mkdir(parents=True, exist_ok=True)
-    if not (run / "experiment.yaml").exists():
-        write_config(experiment, run / "experiment.yaml")
+    write_config(experiment, run / "experiment.yaml")
 
 
 def parameter_groups(objective: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
@@ -334,7 +337,7 @@ def require_finite(losses: dict[str, Tensor], batch: Batch, step: int, run: Path
     for name, loss in losses.items():
         if not torch.isfinite(loss):
             raise RunError(
-                f"{run.name}: loss term {name!r} is {float(loss)} at step {step}, samples {batch.tokens}; "
+                f"{run.name}: loss term {name!r} is {float(loss.detach())} at step {step}, samples {batch.tokens}; "
                 "look at these samples with `distillbev inspect`"
             )
 
