@@ -1,6 +1,6 @@
 """Times the loading of six-camera samples, 704x256 from JPEGs of 1600x900, beside the straightforward way.
 
-    python benchmarks/loading.py                  # two worker processes, about a minute and a half
+    python benchmarks/loading.py                  # two worker processes, a minute
     python benchmarks/loading.py --no-train       # without the training steps at the end
 
 The straightforward way is that of the devkit's tutorials and of most code bases: devkit tables, Pillow decodes in full
@@ -13,12 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -27,7 +26,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from distillbev.data import images
-from distillbev.data.augment import ImageAugConfig
+from distillbev.data.augment import BevAugConfig, ImageAugConfig
+from distillbev.data.frame_cache import FrameCacheConfig
 from distillbev.data.frames import FrameDataset, frames_of_tokens
 from distillbev.data.loader import make_loader
 from distillbev.data.samples import NuScenes
@@ -40,7 +40,12 @@ SOURCE_WH, NETWORK_WH = (1600, 900), (704, 256)
 KEY_FRAMES = 8
 TEST = DataConfig(image_size_px=NETWORK_WH, load_points=False)
 TRAIN = msgspec.structs.replace(TEST, image_aug=ImageAugConfig())
+SWEEPS = DataConfig(load_images=False, num_sweeps=9, bev_aug=BevAugConfig())
+MEAN, STANDARD_DEVIATION = np.float32([123.675, 116.28, 103.53]), np.float32([58.395, 57.12, 57.375])
 BATCH = 2
+Way = tuple[
+    Callable[[int], object], Iterable[object]
+]  # loads one sample; and the batches of worker processes
 
 
 def photo(seed: int) -> Image.Image:
@@ -88,20 +93,30 @@ def write_dataset(root: Path) -> None:
 
 
 class Straightforward(Dataset[torch.Tensor]):
-    """Six normalised images per sample, as code that grew out of the devkit's tutorial loads them."""
+    """Six normalised images, or ten sweeps, per sample, as code that grew out of the devkit's tutorial loads them."""
 
-    def __init__(self, root: Path, augment: bool) -> None:
+    def __init__(self, root: Path, samples: int, augment: bool, sweeps: bool) -> None:
         from nuscenes.nuscenes import NuScenes as Devkit
 
         self.devkit = Devkit("v1.0-sim", str(root), verbose=False)
-        self.augment = augment
+        self.samples, self.augment, self.sweeps = samples, augment, sweeps
 
     def __len__(self) -> int:
-        return 10**6
+        return self.samples
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        rng = np.random.default_rng(index)
         sample = self.devkit.sample[index % KEY_FRAMES]
+        return self.points(sample) if self.sweeps else self.images(sample, np.random.default_rng(index))
+
+    def points(self, sample: dict[str, Any]) -> torch.Tensor:
+        from nuscenes.utils.data_classes import LidarPointCloud
+
+        cloud, times = LidarPointCloud.from_file_multisweep(
+            self.devkit, sample, "LIDAR_TOP", "LIDAR_TOP", nsweeps=10
+        )
+        return torch.tensor(np.concatenate([cloud.points, times]).T).float()
+
+    def images(self, sample: dict[str, Any], rng: np.random.Generator) -> torch.Tensor:
         network_images = []
         for channel in [name for name in sample["data"] if name.startswith("CAM")]:
             image = Image.open(self.devkit.get_sample_data_path(sample["data"][channel]))
@@ -113,41 +128,43 @@ class Straightforward(Dataset[torch.Tensor]):
             if self.augment:
                 image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else image
                 image = image.rotate(rng.uniform(-5.4, 5.4))
-            pixels = (np.float32(image) - [123.675, 116.28, 103.53]) / [58.395, 57.12, 57.375]
-            network_images.append(torch.tensor(pixels.transpose(2, 0, 1)).float())
+            pixels = (np.float32(image) - MEAN) / STANDARD_DEVIATION
+            network_images.append(torch.tensor(pixels.transpose(2, 0, 1)))
         return torch.stack(network_images)
 
 
-def straightforward(root: Path, augment: bool, workers: int) -> Iterable[object]:
-    torch.set_num_threads(1)
-    return DataLoader(Straightforward(root, augment), batch_size=BATCH, num_workers=workers)
+def straightforward(root: Path, samples: int, workers: int, augment: bool, sweeps: bool) -> Way:
+    dataset = Straightforward(root, samples, augment, sweeps)
+    return dataset.__getitem__, DataLoader(dataset, batch_size=BATCH, num_workers=workers, collate_fn=list)
 
 
-def ours(root: Path, config: DataConfig, workers: int) -> Iterable[object]:
+def ours(root: Path, samples: int, workers: int, config: DataConfig) -> Way:
     nuscenes = NuScenes(root)
     dataset = FrameDataset(nuscenes, frames_of_tokens(nuscenes.sample_tokens()), config, train=True)
-    batches = [[(i % KEY_FRAMES, i), ((i + 1) % KEY_FRAMES, i + 1)] for i in range(0, 10**5, BATCH)]
-    return make_loader(dataset, batches, workers)
+    pieces = [(i % KEY_FRAMES, i) for i in range(samples)]
+    batches = [pieces[i : i + BATCH] for i in range(0, samples, BATCH)]
+    return lambda index: dataset[index % KEY_FRAMES, index], make_loader(dataset, batches, workers)
 
 
-def processor_seconds() -> float:
-    """Of this process and its ended children."""
-    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(one.ru_utime + one.ru_stime for one in usage)
-
-
-def measured(name: str, loader: Callable[[], Iterable[object]], samples: int) -> None:
-    """Prints the samples per second from the second batch on, and the processor time of each sample, start included."""
-    cpu = processor_seconds()
-    iterator = iter(loader())
+def measured(name: str, samples: int, make: Callable[[int], Way]) -> None:
+    """Prints the samples per second of the worker processes, and the processor time of one sample without them."""
+    load, loader = make(samples + BATCH)
+    for index in range(KEY_FRAMES):  # the files into memory, and what is cached into the cache
+        load(index)
+    seconds = []
+    for index in range(16):
+        start = time.process_time()
+        load(index)
+        seconds.append(time.process_time() - start)
+    iterator = iter(loader)
     next(iterator)
     start = time.perf_counter()
-    for _ in islice(iterator, samples // BATCH):
+    for _ in iterator:
         pass
     rate = samples / (time.perf_counter() - start)
-    del iterator  # ends the workers
-    cpu = (processor_seconds() - cpu) / (samples + BATCH)
-    print(f"{name:<58} {rate:7.1f} samples/s {1e3 * cpu:7.1f} ms of processor time", flush=True)
+    print(
+        f"{name:<55} {rate:7.1f} samples/s {1e3 * np.median(seconds):7.1f} ms of processor time", flush=True
+    )
 
 
 def train_a_student(root: Path, folder: Path, workers: int) -> None:
@@ -180,32 +197,32 @@ def main() -> None:
     parser.add_argument("--no-train", action="store_true")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
-    workers, samples = arguments.workers, arguments.samples
-    exact, ten_sweeps = {"exact_jpeg": True}, {"load_points": True, "num_sweeps": 9}
+    samples = arguments.samples
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "data"
         write_dataset(root)
-        decoder = images.simplejpeg
+
+        def devkit(augment: bool = False, sweeps: bool = False) -> Callable[[int], Way]:
+            return lambda samples: straightforward(root, samples, arguments.workers, augment, sweeps)
+
+        def variant(config: DataConfig, **changes: Any) -> Callable[[int], Way]:
+            changed = msgspec.structs.replace(config, **changes)
+            return lambda samples: ours(root, samples, arguments.workers, changed)
+
         for title, config in (("test setting", TEST), ("training's augmentation", TRAIN)):
-            augment = config is TRAIN
-
-            def variant(config: DataConfig = config, **changes: object) -> Callable[[], Iterable[object]]:
-                changed = msgspec.structs.replace(config, **changes)
-                return lambda: ours(root, changed, workers)
-
-            measured(
-                f"{title}: devkit + Pillow, float32",
-                lambda augment=augment: straightforward(root, augment, workers),
-                samples // 2,
-            )
-            measured(f"{title}: exact", variant(**exact), samples)
-            images.simplejpeg = None
-            measured(f"{title}: half decode, Pillow alone", variant(), samples)
+            measured(f"{title}: devkit + Pillow, to float32", samples // 2, devkit(augment=config is TRAIN))
+            measured(f"{title}: exact", samples, variant(config, exact_jpeg=True))
+            decoder, images.simplejpeg = images.simplejpeg, None
+            measured(f"{title}: half decode by Pillow", samples, variant(config))
             images.simplejpeg = decoder
-            measured(f"{title}: half decode", variant(), samples)
-            measured(f"{title}: half decode, and ten LiDAR sweeps", variant(**ten_sweeps), samples)
+            measured(f"{title}: half decode by simplejpeg", samples, variant(config))
+            measured(f"{title}: frame cache", samples, variant(config, frame_cache=FrameCacheConfig()))
+        measured("ten LiDAR sweeps: devkit", samples // 2, devkit(sweeps=True))
+        measured("ten LiDAR sweeps", samples, variant(SWEEPS))
+        measured("ten LiDAR sweeps: frame cache", samples, variant(SWEEPS, frame_cache=FrameCacheConfig()))
         if not arguments.no_train:
-            train_a_student(root, Path(folder) / "run", workers)
+            train_a_student(root, Path(folder) / "run", arguments.workers)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
+from torch.utils.data import default_collate
 
 from ..errors import DataError
 from .schema import Batch, PastFrames
@@ -28,11 +29,12 @@ def collate(pieces: Sequence[Batch]) -> Batch:
                 f"sample {first.tokens[0]} has {first.cam2img.shape[1]} cameras, sample {piece.tokens[0]} "
                 f"has {piece.cam2img.shape[1]}; a batch needs one rig: name the cameras that all samples have"
             )
-    images = [piece.images for piece in pieces if piece.images is not None]
+    images = [sample for piece in pieces if piece.images is not None for sample in piece.images]
     points = [cloud for piece in pieces if piece.points is not None for cloud in piece.points]
     return Batch(
         tokens=[token for piece in pieces for token in piece.tokens],
-        images=torch.cat(images) if images else None,
+        # torch's own collation, since it gathers in the memory that a worker shares with the process it serves.
+        images=default_collate(images) if images else None,
         cam2img=torch.cat([piece.cam2img for piece in pieces]),
         cam2lidar=torch.cat([piece.cam2lidar for piece in pieces]),
         image_aug=torch.cat([piece.image_aug for piece in pieces]),
