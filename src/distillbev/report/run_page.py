@@ -6,6 +6,9 @@ import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..boxes import Boxes3D
 from ..data.points import load_points
 from ..data.schema import Sample
@@ -24,10 +27,16 @@ def layers_of(sample: Sample, detections: Boxes3D, name: str = "detections") -> 
     return layers
 
 
+def points_to_show(sample: Sample) -> NDArray[np.float32] | None:
+    """The LiDAR's points where their files are there: a student detects without them."""
+    recorded = sample.sweeps and all(sweep.path.exists() for sweep in sample.sweeps)
+    return load_points(sample) if recorded else None
+
+
 def detection_pictures(sample: Sample, detections: Boxes3D, out: Path, extent_m: float) -> list[Path]:
     """Writes the cameras and the view from above, with detections beside the ground truth."""
     layers = layers_of(sample, detections)
-    points = load_points(sample) if sample.sweeps else None
+    points = points_to_show(sample)
     title = f"{sample.scene}   {sample.token[:8]}   {len(detections)} detections"
     cameras = camera_mosaic(sample, layers, title=title)
     bev = bev_picture(points, layers, extent_m, title=title)
@@ -67,7 +76,7 @@ def run_page(
     ]
     for sample in samples:
         layers = layers_of(sample, detections[sample.token])
-        points = load_points(sample) if sample.sweeps else None
+        points = points_to_show(sample)
         sections.append(picture(camera_mosaic(sample, layers), f"{sample.scene}, sample {sample.token}"))
         sections.append(picture(bev_picture(points, layers, extent_m, 640), "from above"))
     settings = html.escape((run / "experiment.yaml").read_text())
