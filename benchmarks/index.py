@@ -14,13 +14,14 @@ import hashlib
 import multiprocessing
 import os
 import resource
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from distillbev.data.index import build_index
+from distillbev.data.index import FOLDER, build_index
 from distillbev.data.samples import NuScenes
 
 CAMERAS = ("FRONT", "FRONT_RIGHT", "BACK_RIGHT", "BACK", "BACK_LEFT", "FRONT_LEFT")
@@ -203,14 +204,18 @@ def main() -> None:
     )
     parser.add_argument("--scenes", type=int, default=85)
     parser.add_argument("--no-devkit", action="store_true")
+    parser.add_argument("--keep", type=Path, help="Write the tables here and leave them, or use those there.")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        write_tables(root, arguments.scenes)
-        size = sum(path.stat().st_size for path in (root / "v1.0-trainval").iterdir())
-        print(f"{arguments.scenes} scenes, {size / 1e6:.0f} MB of JSON, {os.cpu_count()} cores")
-        measure("build the index", lambda root: build_index(root / "v1.0-trainval"), root)
-        place = build_index(root / "v1.0-trainval")
+    with tempfile.TemporaryDirectory() as temporary:
+        root = arguments.keep or Path(temporary)
+        folder = root / "v1.0-trainval"
+        if not folder.is_dir():
+            write_tables(root, arguments.scenes)
+        shutil.rmtree(root / FOLDER, ignore_errors=True)
+        size = sum(path.stat().st_size for path in folder.iterdir())
+        print(f"{arguments.scenes} scenes, {size / 1e6:.0f} MB of JSON, {os.cpu_count()} cores", flush=True)
+        measure("build the index", lambda _: build_index(folder), root)
+        place = build_index(folder)
         print(f"the index: {sum(path.stat().st_size for path in place.iterdir()) / 1e6:.0f} MB")
         measure("open by index, list key frames", by_index, root)
         measure_workers(root)
