@@ -1,7 +1,7 @@
-"""Writes measured results into the documents: `.venv/bin/python tools/results.py SUMMARY.json ...`.
+"""Writes measured results into the documents: `.venv/bin/python tools/results.py FILE ...`.
 
-Every table between `<!-- results: NAME -->` and `<!-- end -->` in README.md and docs/experiments.md is made anew
-from the summary of the demo of that name (the folder that holds its summary.json).
+What stands between `<!-- results: NAME -->` and `<!-- end -->` is made anew: from a demo's summary.json, NAME being
+its folder, or from the text that a benchmark printed into NAME.md.
 """
 
 import json
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ("README.md", "docs/experiments.md")
+DOCUMENTS = ("README.md", "docs/experiments.md", "docs/benchmarks.md")
 SMALL = ("pedestrian", "motorcycle", "bicycle", "traffic_cone", "barrier")
 
 
@@ -64,12 +64,19 @@ def results(summary: dict) -> str:
     return "\n".join([frames, "", *arms_table(summary), "", *differences_table(summary)])
 
 
+def measured(path: Path) -> tuple[str, str]:
+    """The name and the text of a block."""
+    if path.suffix == ".md":
+        return path.stem, path.read_text().strip()
+    return path.parent.name, results(json.loads(path.read_text()))
+
+
 if __name__ == "__main__":
-    summaries = {Path(path).parent.name: json.loads(Path(path).read_text()) for path in sys.argv[1:]}
+    blocks = [measured(Path(path)) for path in sys.argv[1:]]
     for document in DOCUMENTS:
         path = ROOT / document
         text = path.read_text()
-        for name, summary in summaries.items():
+        for name, block in blocks:
             pattern = rf"(<!-- results: {re.escape(name)} -->\n).*?(<!-- end -->)"
-            text = re.sub(pattern, lambda m, s=summary: f"{m[1]}{results(s)}\n{m[2]}", text, flags=re.DOTALL)
+            text = re.sub(pattern, lambda m, block=block: f"{m[1]}{block}\n{m[2]}", text, flags=re.DOTALL)
         path.write_text(text)
