@@ -224,7 +224,7 @@ def test_a_build_that_fails_leaves_nothing(spoilt_root: Path, monkeypatch: pytes
         raise OSError(28, "No space left on device")
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(spoilt_root / "cache"))
-    monkeypatch.setattr(index_writer.np, "save", full_disk)
+    monkeypatch.setattr(index_writer, "_save", full_disk)
     with pytest.raises(OSError, match="No space"):
         build_index(spoilt_root / "v1.0-mini")
     assert sorted(path.name for path in (spoilt_root / index.FOLDER).iterdir()) == ["v1.0-mini.lock"]

@@ -162,7 +162,10 @@ def _velocities(
 
 def _save(place: Path, table: str, columns: Columns) -> None:
     for name, column in columns.items():
-        np.save(place / f"{table}.{name}.npy", column, allow_pickle=False)
+        column = np.ascontiguousarray(column)
+        with (place / f"{table}.{name}.npy").open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(column))
+            file.write(column.data)  # np.save loses the end on a full disk, and says nothing
 
 
 def _followed(
