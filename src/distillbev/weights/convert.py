@@ -46,9 +46,7 @@ class Report:
     model: str = ""  # what the weights were held against
     used: list[str] = field(default_factory=list)  # name as it was
     renamed: list[tuple[str, str]] = field(default_factory=list)  # theirs, ours
-    reordered: list[tuple[str, str]] = field(
-        default_factory=list
-    )  # theirs, what was done; also in one of above
+    reordered: list[tuple[str, str]] = field(default_factory=list)  # theirs, what was done; of those above
     folded: list[tuple[str, str]] = field(default_factory=list)  # theirs, the entry of ours that took it in
     adapters: list[tuple[str, str]] = field(default_factory=list)  # theirs, ours; in a file of their own
     needless: list[str] = field(default_factory=list)  # follows from our configuration, or nothing reads it
@@ -169,12 +167,15 @@ def convert(published: Published, version: str | None = None, pixels: str | None
     tensors = published.tensors
     beside = {name for name in tensors if adapter_name(name) or name.startswith(TEACHER)}
     source = recognise([name for name in tensors if name not in beside])
+    if pixels is not None and source.pixels is None:
+        raise CheckpointError(
+            f"pixels {pixels!r} for {source.title}, which sees no images; leave --pixels out"
+        )
     new_boxes, reason = _box_convention(source, version, published.version)
     report = Report(source.title, published.choice, reason, remark=source.remark)
     made = Converted(source, {}, {}, new_boxes, report)
-    older_loss = any(
-        name.startswith("adaptation_layers.") for name in tensors
-    )  # its other layers have no twin
+    # An older loss of distill-bev, whose other layers have no twin.
+    older_loss = any(name.startswith("adaptation_layers.") for name in tensors)
     for name, value in sorted(tensors.items()):
         if name.startswith(TEACHER) or source.is_needless(name):
             report.needless.append(name)
@@ -260,9 +261,8 @@ def _pixels(source: Source, published: Published, given: str | None, distilled: 
     """How the images were normalised, and how that is known."""
     if given is not None:
         return pixels_by_name(given), "as told"
-    if (
-        source.title == "BEVFormer"
-    ):  # its sizes differ in this; the others' configurations are not what they do
+    # Its sizes differ in this; what other configurations say is not what their loaders do.
+    if source.title == "BEVFormer":
         if published.config is not None and (found := pixels_of_config(published.config)):
             return found, "as the file's configuration says"
         deformable = any(name.endswith(".conv2.conv_offset.weight") for name in published.tensors)
