@@ -11,7 +11,7 @@ import pytest
 from test_loader import AUGMENTED, PLAIN, assert_equal, dataset_of
 from tiny_nuscenes import edit_table
 
-from distillbev.data import frames as frames_module
+from distillbev.data import reader
 from distillbev.data.frame_cache import FrameCache, FrameCacheConfig
 from distillbev.data.frames import frames_of_splits
 from distillbev.data.loader import make_training_loader
@@ -40,8 +40,8 @@ def forbid_reading(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_args, **_kwargs):
         raise AssertionError("read again")
 
-    monkeypatch.setattr(frames_module, "load_image", refuse)
-    monkeypatch.setattr(frames_module, "load_points", refuse)
+    monkeypatch.setattr(reader, "load_image", refuse)
+    monkeypatch.setattr(reader, "load_points", refuse)
 
 
 @pytest.mark.parametrize("config", CONFIGS)

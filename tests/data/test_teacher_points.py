@@ -87,7 +87,7 @@ def test_earlier_sweeps_without_virtual_points_are_an_error_or_counted(prepared:
         dataset_of(prepared, config)[1, 0]
     dataset = dataset_of(prepared, replace(config, virtual_points=VirtualPointsInput(absent="measured_only")))
     assert dataset[1, 0].points is not None
-    assert dataset.sweeps_without_virtual_points > 0
+    assert dataset.reader.sweeps_without_virtual_points > 0
 
 
 def test_virtual_points_of_other_tables_or_masks_are_refused(prepared: NuScenes, tmp_path: Path) -> None:

@@ -10,22 +10,13 @@ import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..boxes import Boxes3D
 from ..errors import DataError
 from ..geometry import invert_rigid
-from .augment import (
-    ImageAugmentation,
-    augment_boxes,
-    augment_points,
-    fitting_scale,
-    plain_image_augmentation,
-)
-from .frame_cache import FrameCache, cached
-from .images import DecodedImage, load_image, reduction_for
+from .augment import ImageAugmentation, augment_boxes, augment_points, plain_image_augmentation
 from .object_pasting import (
     LabelledCloud,
     ObjectDatabase,
@@ -34,17 +25,13 @@ from .object_pasting import (
     paste_objects,
     read_database,
 )
-from .points import load_points
+from .reader import FrameReader
 from .samples import NuScenes
 from .schema import Annotations, Batch, CameraFrame, PastFrames, Sample
 from .settings import DataConfig
-from .virtual_points import VirtualPointsInput, load_mvp_points, require_same_tables, tables_fingerprint
+from .virtual_points import tables_fingerprint
 
 log = logging.getLogger(__name__)
-
-# How much of the resolution at the largest scale is decoded. Enlarging by a tenth there cannot be seen, and
-# lets the published scales (0.38 to 0.55) decode at half size, in half the time.
-SHARPNESS = 0.9
 
 
 @dataclass(frozen=True)
@@ -99,17 +86,7 @@ class FrameDataset(Dataset[Batch]):
         self.config = config if train else _without_augmentation(config)
         self.seed = seed
         self.cache = cache
-        self._samples: dict[int, Sample] = {}
-        self._earlier: dict[str, Sample] = {}  # by token
-        self._images: dict[tuple[str, str], DecodedImage | NDArray[np.uint8]] = {}  # by token and channel
-        self._points: dict[int, NDArray[np.float32]] = {}
-        on_disk = config.frame_cache
-        disk = None if on_disk is None else FrameCache(nuscenes.root, on_disk)
-        self._image_cache = disk if on_disk and on_disk.images else None
-        self._sweep_cache = disk if on_disk and on_disk.sweeps else None
-        self.sweeps_without_virtual_points = 0
-        if config.load_points and config.virtual_points is not None:
-            require_same_tables(nuscenes, nuscenes.root / config.virtual_points.folder)
+        self.reader = FrameReader(nuscenes, self.config, cache)
         self._objects = self._object_database()
 
     def __len__(self) -> int:
@@ -119,14 +96,14 @@ class FrameDataset(Dataset[Batch]):
         index, draw = frame_and_draw
         rng = np.random.default_rng([self.seed, draw])
         config = self.config
-        sample = self._sample(index)
+        sample = self.reader.sample(self.frames[index].token, self.frames[index].labelled)
         cameras = self._cameras(sample)
         bev_aug = np.eye(4) if config.bev_aug is None else config.bev_aug.draw(rng).matrix
         image_augs = [self._draw_image_aug(rng, camera) for camera in cameras]
         points = None
         boxes = self._target_boxes(sample.annotations, bev_aug)
         if config.load_points:
-            raw_points = self._raw_points(index, sample)
+            raw_points = self.reader.points(sample)
             if boxes is not None and self._pastes(draw):
                 raw_points, boxes = self._paste(sample, raw_points, boxes, bev_aug, draw)
             points = [torch.from_numpy(augment_points(bev_aug, raw_points))]
@@ -152,7 +129,7 @@ class FrameDataset(Dataset[Batch]):
             width, height = self.config.image_size_px
             pixels = np.empty((1, len(cameras), 3, height, width), dtype=np.uint8)
             for number, (camera, image_aug) in enumerate(zip(cameras, image_augs, strict=True)):
-                network_image = self._network_image(sample.token, camera, image_aug)  # (H, W, 3)
+                network_image = self.reader.network_image(sample.token, camera, image_aug)  # (H, W, 3)
                 pixels[0, number] = network_image.transpose(2, 0, 1)
             images = torch.from_numpy(pixels)
         cam2lidar = [bev_aug @ global2lidar @ camera.ego2global @ camera.cam2ego for camera in cameras]
@@ -218,11 +195,7 @@ class FrameDataset(Dataset[Batch]):
         for _ in range(steps):
             if sample.previous_token is None:
                 break
-            before = self._earlier.get(sample.previous_token)
-            if before is None:
-                before = self.nuscenes.sample(sample.previous_token, num_sweeps=0, read_annotations=False)
-                if self.cache:
-                    self._earlier[before.token] = before
+            before = self.reader.earlier_sample(sample.previous_token)
             if before.scene != sample.scene or before.timestamp_us >= sample.timestamp_us:
                 raise DataError(
                     f"sample.json, token {sample.token!r}: prev is {before.token!r} of scene {before.scene!r}, "
@@ -237,15 +210,6 @@ class FrameDataset(Dataset[Batch]):
         if self.cache:
             for index in range(len(self)):
                 self[index, 0]
-
-    def _sample(self, index: int) -> Sample:
-        if index in self._samples:
-            return self._samples[index]
-        frame = self.frames[index]
-        sample = self.nuscenes.sample(frame.token, self.config.num_sweeps, frame.labelled)
-        if self.cache:
-            self._samples[index] = sample
-        return sample
 
     def _cameras(self, sample: Sample) -> list[CameraFrame]:
         if self.config.cameras is None:
@@ -272,102 +236,6 @@ class FrameDataset(Dataset[Batch]):
             return plain_image_augmentation(camera.size_wh_px, config.image_size_px, offset, config.image_fit)
         return config.image_aug.draw(rng, camera.size_wh_px, config.image_size_px, config.image_fit)
 
-    def _network_image(
-        self, token: str, camera: CameraFrame, image_aug: ImageAugmentation
-    ) -> NDArray[np.uint8]:
-        key = (token, camera.channel)
-        kept = self._images.get(key)
-        if isinstance(kept, np.ndarray):
-            return kept
-        if self.config.image_aug is None:
-            settings = (
-                "network image",
-                camera.size_wh_px,
-                self._scale(camera),
-                self.config.exact_jpeg,
-                image_aug,
-            )
-            image = kept = cached(
-                self._image_cache, [camera.path], settings, lambda: image_aug.apply(self._load_image(camera))
-            )
-        else:
-            kept = kept or self._decoded_image(camera)
-            image = image_aug.apply(kept)
-        if self.cache:
-            self._images[key] = kept
-        return image
-
-    def _decoded_image(self, camera: CameraFrame) -> DecodedImage:
-        if self._image_cache is None:
-            return self._load_image(camera)
-        size_wh_px, exact = camera.size_wh_px, self.config.exact_jpeg
-        settings = (
-            "decoded image",
-            size_wh_px,
-            None if exact else reduction_for(size_wh_px, self._scale(camera)),
-        )
-        pixels = self._image_cache.array(
-            [camera.path], settings, lambda: np.asarray(self._load_image(camera).image)
-        )
-        return DecodedImage(
-            Image.fromarray(pixels), size_wh_px, round(size_wh_px[0] / pixels.shape[1]), exact
-        )
-
-    def _load_image(self, camera: CameraFrame) -> DecodedImage:
-        return load_image(camera, self._scale(camera), self.config.exact_jpeg)
-
-    def _scale(self, camera: CameraFrame) -> float:
-        """The scale to decode for: the largest that may be drawn, so that it does not depend on the draw."""
-        config = self.config
-        offset = config.image_aug.resize_range[1] if config.image_aug else config.image_resize_offset
-        return SHARPNESS * (fitting_scale(camera.size_wh_px, config.image_size_px, config.image_fit) + offset)
-
-    def _raw_points(self, index: int, sample: Sample) -> NDArray[np.float32]:
-        if index in self._points:
-            return self._points[index]
-        if not sample.sweeps:
-            raise DataError(
-                f"sample {sample.token} (scene {sample.scene}) has no LiDAR recording, and points are asked for; "
-                "without LiDAR a student learns alone (student.depth_loss=null, or data.load_points=false)"
-            )
-        if self.config.virtual_points is None:
-            points = self._joined_sweeps(sample)
-        else:
-            points = self._with_virtual_points(sample, self.config.virtual_points)
-        if self.cache:
-            self._points[index] = points
-        return points
-
-    def _joined_sweeps(self, sample: Sample) -> NDArray[np.float32]:
-        radius_m = self.config.remove_ego_radius_m
-        poses = [sample.lidar2global, *(sweep.ego2global @ sweep.lidar2ego for sweep in sample.sweeps)]
-        times_us = [sweep.timestamp_us for sweep in sample.sweeps]
-        settings = ("sweeps", radius_m, times_us, np.stack(poses).tobytes())
-        return cached(
-            self._sweep_cache,
-            [sweep.path for sweep in sample.sweeps],
-            settings,
-            lambda: load_points(sample, radius_m),
-        )
-
-    def _with_virtual_points(self, sample: Sample, source: VirtualPointsInput) -> NDArray[np.float32]:
-        points, num_absent = load_mvp_points(
-            sample,
-            self.nuscenes.root / source.folder,
-            self.config.remove_ego_radius_m,
-            source.absent,
-            source.as_released,
-        )
-        if num_absent and not self.sweeps_without_virtual_points:
-            log.warning(
-                "sample %s: %d earlier sweeps without virtual points (%s); further ones are only counted",
-                sample.token,
-                num_absent,
-                source.absent,
-            )
-        self.sweeps_without_virtual_points += num_absent
-        return points
-
     def _object_database(self) -> ObjectDatabase | None:
         """What may be pasted: cut out of the labelled frames, once for each set of frames and settings."""
         config = self.config
@@ -390,10 +258,10 @@ class FrameDataset(Dataset[Batch]):
         for number, index in enumerate(labelled):
             if number and number % 1000 == 0:
                 log.info("objects of %d of %d frames cut out", number, len(labelled))
-            sample = self._sample(index)
+            sample = self.reader.sample(self.frames[index].token)
             assert sample.annotations is not None, sample.token
             annotations = sample.annotations
-            yield LabelledCloud(self._raw_points(index, sample), annotations.boxes, annotations.labels)
+            yield LabelledCloud(self.reader.points(sample), annotations.boxes, annotations.labels)
 
     def _pastes(self, draw: int) -> bool:
         pasting = self.config.object_pasting
