@@ -5,6 +5,7 @@ torch is imported inside the commands that need it, so that `--help` answers at 
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -222,9 +223,12 @@ def train(
     from .train.loop import train as run_training
 
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
-    logging.getLogger("distillbev").setLevel(logging.INFO)
+    first = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun; the others tell faults only
+    logging.getLogger("distillbev").setLevel(logging.INFO if first else logging.WARNING)
     experiment = experiment_from(recipe, data, teacher, seed, overrides, start)
-    typer.echo(run_training(experiment, out, resume=resume))
+    weights = run_training(experiment, out, resume=resume)
+    if first:
+        typer.echo(weights)
 
 
 @app.command()

@@ -38,7 +38,7 @@ from distillbev.train.checkpoint import read_weights, save_weights
 from distillbev.train.distributed import average_gradients
 from distillbev.train.experiment import Experiment, LogConfig, OptimConfig
 from distillbev.train.feed import Feed, require_labels_for_all
-from distillbev.train.loop import StepLog, build_objective
+from distillbev.train.loop import StepLog, build_objective, gradient_norms_of
 
 TEACHER = CenterPointConfig(
     grid=BevGrid(x_range_m=(-12.8, 12.8), y_range_m=(-12.8, 12.8), cell_m=0.4),
@@ -136,11 +136,14 @@ def test_two_processes_have_the_gradients_of_one(root: Path, distilling: Path, t
         torch.set_default_dtype(torch.float64)
         torch.Tensor.float = torch.Tensor.double  # losses and norms ask for fp32
         batch = in_double(next(iter(Feed(experiment, NuScenes(root), 0, rank, world_size))))
-        torch.stack(list(objective(batch, 0).values())).sum().backward()
+        total = torch.stack(list(objective(batch, 0).values())).sum()
+        norms = gradient_norms_of(objective)
+        total.backward()
         average_gradients(objective, {})
         if rank == 0:
             named = objective.named_parameters()
-            save_weights({name: p.grad for name, p in named if p.grad is not None}, out)
+            gradients = {name: p.grad for name, p in named if p.grad is not None}
+            save_weights({**gradients, **{name: torch.tensor(norm) for name, norm in norms.items()}}, out)
 
     gradients = []
     for world_size in (1, 2):

@@ -23,7 +23,7 @@ from distillbev.recipes import RECIPES
 from distillbev.train.checkpoint import save_weights
 from distillbev.train.experiment import Experiment, FaultConfig, LogConfig, OptimConfig
 from distillbev.train.feed import Feed
-from distillbev.train.loop import DetectionObjective, StepLog, parameter_groups, train
+from distillbev.train.loop import DetectionObjective, StepLog, parameter_groups, require_bearable, train
 
 
 def experiment(root: Path, workers: int = 0, **faults: int) -> Experiment:
@@ -203,3 +203,10 @@ def test_bevformer_is_trained_with_the_published_rate_of_its_backbone() -> None:
 def test_a_teacher_has_no_image_backbone_to_slow_down() -> None:
     with pytest.raises(ConfigError, match=r"backbone_lr_factor=0.1 .* no student"):
         Experiment(name="x", teacher=CenterPointConfig(), optim=OptimConfig(backbone_lr_factor=0.1))
+
+
+def test_processes_together_bear_no_more_than_one_may(tmp_path: Path) -> None:
+    config = experiment(tmp_path, max_damaged_samples=2)
+    require_bearable(2, config, tmp_path)
+    with pytest.raises(RunError, match="3 damaged samples"):
+        require_bearable(3, config, tmp_path)

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..config import Config
 from ..errors import ConfigError
+from ..models.processes import num_processes, total_over_processes
 
 
 class BalanceConfig(Config, frozen=True):
@@ -41,14 +41,19 @@ class BalanceConfig(Config, frozen=True):
 
 
 def gradient_norms(losses: Mapping[str, Tensor], maps: Sequence[Tensor]) -> dict[str, float]:
-    """Norm of each loss's gradient at the given maps taken together; the graph is kept for backward."""
+    """Norm of each loss's gradient at the given maps taken together; the graph is kept for backward.
+
+    Of the whole batch: in a distributed run all processes ask, with their maps, at the same time.
+    """
     norms = {}
     watched = [features for features in maps if features.requires_grad]
     for name, loss in losses.items():
         gradients: tuple[Tensor | None, ...] = ()
         if watched and loss.requires_grad:
             gradients = torch.autograd.grad(loss, watched, retain_graph=True, allow_unused=True)
-        norms[name] = float(sum(g.float().square().sum() for g in gradients if g is not None)) ** 0.5
+        squares = [g.float().square().sum() for g in gradients if g is not None]
+        square = torch.stack(squares).sum() if squares else loss.new_zeros(())
+        norms[name] = float(total_over_processes(square)) ** 0.5 / num_processes()
     return norms
 
 
@@ -81,11 +86,7 @@ class GradientBalance(nn.Module):
         if self.training and own and step % self.config.every == 0:
             with torch.autocast(self.norms.device.type, enabled=False):
                 found = gradient_norms({"": torch.stack(list(own.values())).sum(), **terms}, maps)
-            fresh = self.norms.new_tensor([found.get(name, 0.0) for name in ("", *self.names)])
-            if dist.is_available() and dist.is_initialized():
-                dist.all_reduce(fresh)
-                fresh /= dist.get_world_size()
-            self._remember(fresh)
+            self._remember(self.norms.new_tensor([found.get(name, 0.0) for name in ("", *self.names)]))
         factors = balance_factors(self.norms[1:], self.norms[0], self.config.max_factor)
         return dict(zip(self.names, factors, strict=True))
 

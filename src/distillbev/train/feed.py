@@ -19,6 +19,7 @@ from ..data.samples import NuScenes
 from ..data.schema import Batch
 from ..data.settings import DataConfig
 from ..errors import ConfigError, DataError, RunError
+from ..models.processes import total_over_processes
 from .experiment import Experiment
 
 logger = logging.getLogger(__name__)
@@ -109,6 +110,11 @@ class Feed:
     def num_damaged(self) -> int:
         """Different samples that this process has found damaged."""
         return int(self.frames.damaged.sum())
+
+    def num_damaged_anywhere(self, device: torch.device) -> int:
+        """Different samples that the processes together have found damaged; all of them have to ask."""
+        found = total_over_processes(self.frames.damaged.to(device, torch.int32))
+        return int((found > 0).sum())
 
     def __iter__(self) -> Iterator[Batch]:
         accumulate, allowed = self.experiment.optim.accumulate, self.experiment.faults.max_dead_workers

@@ -236,7 +236,9 @@ def _train(
                     sums[name] = sums.get(name, 0.0) + float(loss.detach()) / optim.accumulate
 
             sums = average_gradients(objective, {**sums, "damaged_samples": feed.num_damaged})
-            step_log.num_damaged = round(sums.pop("damaged_samples") * world_size)
+            if sums.pop("damaged_samples") > 0:
+                step_log.num_damaged = feed.num_damaged_anywhere(device)
+                require_bearable(step_log.num_damaged, experiment, run)
             norm = nn.utils.clip_grad_norm_(objective.parameters(), optim.clip_norm or math.inf)
             if not torch.isfinite(norm):
                 raise RunError(
@@ -340,6 +342,16 @@ def require_finite(losses: dict[str, Tensor], batch: Batch, step: int, run: Path
                 f"{run.name}: loss term {name!r} is {float(loss.detach())} at step {step}, samples {batch.tokens}; "
                 "look at these samples with `distillbev inspect`"
             )
+
+
+def require_bearable(num_damaged: int, experiment: Experiment, run: Path) -> None:
+    """Raises RunError where the processes together met more damaged samples than one alone may."""
+    limit = experiment.faults.max_damaged_samples
+    if num_damaged > limit:
+        raise RunError(
+            f"{run.name}: the processes found {num_damaged} damaged samples, named in the log; mend the data, or "
+            f"let faults.max_damaged_samples={limit} be {num_damaged} or more"
+        )
 
 
 def gradient_norms_of(objective: nn.Module) -> dict[str, float]:
