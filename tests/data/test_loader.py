@@ -202,6 +202,30 @@ def test_inference_takes_every_frame_once_and_reads_no_label(tiny: NuScenes):
     assert batches_in_order(0, 4) == []
 
 
+@pytest.mark.parametrize("world_size", [2, 3, 7])
+def test_processes_together_infer_every_frame_once(tiny: NuScenes, world_size: int):
+    dataset = dataset_of(tiny, msgspec.structs.replace(PLAIN, load_images=False, load_points=False))
+    shares = [
+        [token for batch in make_inference_loader(dataset, 2, 0, rank, world_size) for token in batch.tokens]
+        for rank in range(world_size)
+    ]
+    assert Counter(token for share in shares for token in share) == Counter(tiny.sample_tokens())
+
+
+def test_processes_together_train_on_the_balanced_frames_of_one(tiny: NuScenes):
+    dataset = dataset_of(tiny, msgspec.structs.replace(PLAIN, load_images=False, load_points=False), seed=5)
+    _, groups = frames_of_splits(tiny, ["train"], ["val"])
+
+    def tokens(rank: int, world_size: int) -> list[list[str]]:
+        loader = make_training_loader(
+            dataset, groups, (2, 2), 6, rank=rank, world_size=world_size, class_balanced=True
+        )
+        return [batch.tokens for batch in loader]
+
+    for whole, first, second in zip(tokens(0, 1), tokens(0, 2), tokens(1, 2), strict=True):
+        assert sorted(first + second) == sorted(whole)
+
+
 def test_images_or_points_can_be_left_out(tiny: NuScenes):
     lidar = dataset_of(tiny, msgspec.structs.replace(PLAIN, load_images=False))[0, 0]
     camera = dataset_of(tiny, msgspec.structs.replace(PLAIN, load_points=False))[0, 0]
