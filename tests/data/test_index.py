@@ -12,11 +12,11 @@ import pytest
 from conftest import REAL_FRAME
 from tiny_nuscenes import edit_table
 
-from distillbev.data import index, index_writer, token_keys
+from distillbev.data import index, index_writer, table_columns, token_keys
 from distillbev.data.index import build_index, index_folders
 from distillbev.data.index_reader import IndexedTables
-from distillbev.data.index_writer import NotIndexableError
 from distillbev.data.samples import NuScenes
+from distillbev.data.table_columns import NotIndexableError
 from distillbev.errors import DataError
 
 
@@ -76,7 +76,7 @@ def test_the_index_of_the_real_frame_equals_its_tables(tmp_path: Path):
 def test_tables_read_in_many_chunks_equal_those_read_in_one(
     spoilt_root: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(index_writer, "_CHUNK_BYTES", 700)
+    monkeypatch.setattr(table_columns, "_CHUNK_BYTES", 700)
     assert_equal_to_json(spoilt_root)
 
 
@@ -84,13 +84,13 @@ def test_a_text_that_looks_like_the_end_of_a_row_is_read_whole(
     spoilt_root: Path, monkeypatch: pytest.MonkeyPatch
 ):
     edit_table(spoilt_root, "sample_data", lambda rows: [row.update(fileformat='"},{"') for row in rows])
-    monkeypatch.setattr(index_writer, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(table_columns, "_CHUNK_BYTES", 1)
     assert_equal_to_json(spoilt_root)
 
 
 def test_a_row_of_over_64_kb_is_read_without_an_index(spoilt_root: Path, monkeypatch: pytest.MonkeyPatch):
     edit_table(spoilt_root, "sample_data", lambda rows: rows[3].update(comment="long " * 20_000))
-    monkeypatch.setattr(index_writer, "_CHUNK_BYTES", 700)
+    monkeypatch.setattr(table_columns, "_CHUNK_BYTES", 700)
     with pytest.raises(NotIndexableError, match=r"sample_data\.json: a row of over 65536 bytes"):
         build_index(spoilt_root / "v1.0-mini")
     assert len(NuScenes(spoilt_root, use_index=True).sample("scene-a-sample-1", num_sweeps=2).sweeps) == 3

@@ -22,7 +22,8 @@ from pathlib import Path
 import msgspec
 
 from .index_reader import HEAD_BYTES, LIST, FileFacts, IndexedTables, IndexList, is_whole, read_list
-from .index_writer import LAYOUTS, NotIndexableError, write_columns
+from .index_writer import write_columns
+from .table_columns import LAYOUTS, NotIndexableError
 from .tables import Tables
 
 log = logging.getLogger(__name__)

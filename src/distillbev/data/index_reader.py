@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ..errors import DataError
 from .files import NOT_JSON, read_whole
-from .index_writer import LAYOUTS
+from .table_columns import LAYOUTS
 from .tables import (
     AnnotationRow,
     EgoPoseRow,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..errors import DataError
 from .index import build_index, changed_tables, find_index, index_folders
-from .index_writer import NotIndexableError
+from .table_columns import NotIndexableError
 from .tables import find_version_folder
 
 
