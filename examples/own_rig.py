@@ -9,7 +9,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from distillbev.boxes import box_corners
-from distillbev.data.recordings import KeyFrame, LabelledObject, Rig, RigCamera, Scene, Shot, write_dataset
+from distillbev.data.recording_writer import write_dataset
+from distillbev.data.recordings import KeyFrame, LabelledObject, Rig, RigCamera, Scene, Shot
 from distillbev.geometry import invert_rigid, pose_matrix, rotation_about_z, transform_points
 
 AHEAD = np.array([[0.0, 0, 1], [-1, 0, 0], [0, -1, 0]])  # axes of a camera that looks ahead, in the ego frame

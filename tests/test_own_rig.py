@@ -12,7 +12,8 @@ from msgspec.structs import replace
 from PIL import Image
 from tiny_student import TINY
 
-from distillbev.data.recordings import Rig, Scene, write_dataset
+from distillbev.data.recording_writer import write_dataset
+from distillbev.data.recordings import Rig, Scene
 from distillbev.data.samples import NuScenes
 from distillbev.data.settings import DataConfig
 from distillbev.geometry import pose_matrix

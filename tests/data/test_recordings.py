@@ -11,6 +11,7 @@ from distillbev.classes import CLASSES
 from distillbev.data.check import check_dataset
 from distillbev.data.frames import FrameDataset, frames_of_tokens
 from distillbev.data.points import load_points
+from distillbev.data.recording_writer import write_dataset
 from distillbev.data.recordings import (
     KeyFrame,
     LabelledObject,
@@ -18,7 +19,6 @@ from distillbev.data.recordings import (
     RigCamera,
     Scene,
     Shot,
-    write_dataset,
 )
 from distillbev.data.samples import NOMINAL_LIDAR2EGO, NuScenes
 from distillbev.data.settings import DataConfig
@@ -28,6 +28,7 @@ from distillbev.geometry import pose_matrix, rotation_about_z, transform_points
 START_US = 1_600_000_000_000_000
 AHEAD = np.array([[0.0, 0, 1], [-1, 0, 0], [0, -1, 0]])
 CAM2IMG = np.array([[50.0, 0, 30], [0, 52, 20], [0, 0, 1]])
+SIDE2IMG = np.array([[40.0, 0, 15], [0, 40, 25], [0, 0, 1]])
 FRONT = RigCamera("front", (60, 40), CAM2IMG, pose_matrix(np.array([1.5, 0, 1.4]), AHEAD))
 SIDE = RigCamera(
     "side.wide", (32, 48), CAM2IMG, pose_matrix(np.array([1, 1, 1]), rotation_about_z(1.3) @ AHEAD)
@@ -246,6 +247,16 @@ FAULTS = {
     r"this is the LiDAR's name": spoilt_camera(channel="LIDAR_TOP"),
     r"two cameras of one channel": spoilt_camera(channel="side.wide"),
     r"scene '\.\.': it names files": scene(name=".."),
+    r"key frame 0: no image and no points": replace(
+        scene(), rig=Rig((), LIDAR2EGO), key_frames=[KeyFrame(START_US, {})]
+    ),
+    r"object 'the car': vehicle.truck, in an earlier key frame vehicle.car": replace(
+        scene(),
+        key_frames=[
+            key_frame(0),
+            replace(key_frame(1), objects=[replace(key_frame(1).objects[0], category="truck")]),
+        ],
+    ),
     r"has no key frame": scene(frames=()),
 }
 
