@@ -31,7 +31,7 @@ CAM2IMG = np.array([[50.0, 0, 30], [0, 52, 20], [0, 0, 1]])
 SIDE2IMG = np.array([[40.0, 0, 15], [0, 40, 25], [0, 0, 1]])
 FRONT = RigCamera("front", (60, 40), CAM2IMG, pose_matrix(np.array([1.5, 0, 1.4]), AHEAD))
 SIDE = RigCamera(
-    "side.wide", (32, 48), CAM2IMG, pose_matrix(np.array([1, 1, 1]), rotation_about_z(1.3) @ AHEAD)
+    "side.wide", (32, 48), SIDE2IMG, pose_matrix(np.array([1, 1, 1]), rotation_about_z(1.3) @ AHEAD)
 )
 # x forward, as most LiDARs have it, and leaning forward by 0.2 rad.
 LEANING = np.array([[np.cos(0.2), 0, np.sin(0.2)], [0, 1, 0], [-np.sin(0.2), 0, np.cos(0.2)]])
