@@ -19,12 +19,14 @@ from tiny_nuscenes import write_tiny_nuscenes
 from tiny_student import TINY
 from torch import Tensor
 
+from distillbev.boxes import Boxes3D
 from distillbev.config import read_config, write_config
 from distillbev.data.samples import NuScenes
 from distillbev.data.schema import Batch
 from distillbev.data.settings import DataConfig
 from distillbev.distill.settings import clean
 from distillbev.errors import ConfigError
+from distillbev.evaluation.results import merge_results, write_detections
 from distillbev.grid import BevGrid
 from distillbev.models.bev_encoder import TopDownNeckConfig
 from distillbev.models.center_head import CenterHeadConfig
@@ -222,6 +224,24 @@ def test_two_processes_evaluate_to_the_last_digit_as_one(root: Path, runs: list[
         ]
     assert found[0] == found[1]
     assert json.loads(found[0][0])["results"].keys() == set(NuScenes(root).sample_tokens("train"))
+
+
+@pytest.mark.parametrize("speed", [1.5, float("nan")])
+def test_joined_parts_are_the_results_written_at_once(root: Path, tmp_path: Path, speed: float) -> None:
+    samples = [NuScenes(root).sample(token) for token in NuScenes(root).sample_tokens("train")]
+    found = {}
+    for number, sample in enumerate(samples):  # the first without a box
+        boxes = torch.rand(number, 9) + 1
+        boxes[:, 7:] = speed
+        found[sample.token] = Boxes3D(boxes, torch.zeros(number, dtype=torch.long), torch.rand(number))
+    write_detections(tmp_path / "whole.json", found, samples)
+    parts = [tmp_path / f"{number}.json" for number in range(len(samples))]
+    for sample, part in zip(samples, parts, strict=True):
+        write_detections(part, {sample.token: found[sample.token]}, [sample])
+    merge_results(parts, tmp_path / "joined.json")
+    whole, joined = ((tmp_path / name).read_text() for name in ("whole.json", "joined.json"))
+    assert json.dumps(json.loads(joined)) == json.dumps(json.loads(whole))
+    assert joined == whole or speed != speed
 
 
 def test_torchrun_trains_without_warnings(root: Path, distilling: Path, tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def write_detections(
 def merge_results(parts: Sequence[Path], path: Path) -> None:
     """Joins files that `write_results` wrote, each of one sample or more, in the order given.
 
-    The outcome is the file that a single process writes, to the byte; one part at a time is in memory.
+    The outcome is what `write_results` makes of all samples at once, while one part at a time is in memory.
     """
     whole = path.with_name(path.name + ".part")
     with whole.open("wb") as file:
