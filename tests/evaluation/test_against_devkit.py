@@ -24,6 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from distillbev.classes import CATEGORY_TO_CLASS, CLASSES
+from distillbev.errors import DataError
 from distillbev.evaluation.eval_boxes import BICYCLE_RACK, ground_truth_boxes
 from distillbev.evaluation.metrics import DetectionEvalConfig, DetectionMetrics, evaluate, format_table
 from distillbev.evaluation.results import read_results
@@ -105,9 +106,37 @@ def crowded_scene(draw: st.DrawFn, token: str) -> Scene:
 
 
 @QUICK
-@given(data=st.data(), count=st.integers(1, 4))
-def test_crowded_ties_agree(data: st.DataObject, count: int, tmp_path: Path) -> None:
-    both([data.draw(crowded_scene(f"sample-{i}")) for i in range(count)], tmp_path)
+@given(data=st.data(), count=st.integers(1, 4), max_range_m=st.sampled_from([None, 3.0, 5.0]))
+def test_crowded_ties_agree(
+    data: st.DataObject, count: int, max_range_m: float | None, tmp_path: Path
+) -> None:
+    """Boxes lie on borders of ranges too: quarters and whole triangles at 3 and 5 m from the car."""
+    scenes = [data.draw(crowded_scene(f"sample-{i}")) for i in range(count)]
+    both(scenes, tmp_path, DetectionEvalConfig(max_range_m=max_range_m))
+
+
+@pytest.mark.parametrize("x", [9.0, 11.0])
+@pytest.mark.parametrize("yaw", [0.0, np.pi / 2, np.pi, -np.pi / 2])
+def test_cycles_on_the_border_of_a_rack_agree(x: float, yaw: float, tmp_path: Path) -> None:
+    """In or out is a matter of the last digit there, and is decided alike."""
+    rack = Truth(box(10.0, 0.0, 0.0, length=2.0, width=2.0, height=2.0, yaw=yaw), BICYCLE_RACK)
+    cycle = Truth(box(x, 0.0), "vehicle.bicycle", "cycle.without_rider")
+    found = [Found(box(x, 0.0), "bicycle", 0.9), Found(box(x, 0.0), "motorcycle", 0.9)]
+    both([Scene("a", *flat_poses(), [rack, cycle], found)], tmp_path)
+
+
+def test_500_equal_boxes_agree_and_one_more_is_refused_by_both(tmp_path: Path) -> None:
+    truths = [car_at(10.0), car_at(20.0)]
+    found = [Found(box(10.0), "car", 0.5), Found(box(20.25), "car", 0.5)] * 250
+    scene = Scene("a", *flat_poses(), truths, found)
+    both([scene], tmp_path)
+    crowded = [with_found(scene, [*found, found[0]])]
+    path = tmp_path / "results.json"
+    path.write_text(results_json(crowded))
+    with pytest.raises(DataError, match="501 detections"):
+        read_results(path, ground_truth_boxes(samples_of(crowded)))
+    with pytest.raises(AssertionError, match="500"):
+        devkit_metrics(crowded, path, DetectionEvalConfig())
 
 
 def car_at(x: float, y: float = 0.0, **settings) -> Truth:

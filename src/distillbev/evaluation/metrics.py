@@ -343,17 +343,31 @@ def counted_boxes(boxes: EvalBoxes, racks: EvalBoxes, config: DetectionEvalConfi
 
 
 def _in_a_rack(boxes: EvalBoxes, racks: EvalBoxes) -> NDArray[np.bool_]:
-    """(n,) whether each centre lies in an (upright) rack of its sample, borders included."""
+    """(n,) whether each centre lies in an (upright) rack of its sample, borders included.
+
+    Measured from a corner along the three edges, as the devkit does, so that borders round alike.
+    """
     racks = racks[np.argsort(racks.sample_index, kind="stable")]
     counts = np.bincount(racks.sample_index, minlength=len(boxes.tokens))
     starts = (np.cumsum(counts) - counts)[boxes.sample_index]
     sizes = counts[boxes.sample_index]
     box = np.repeat(np.arange(len(boxes)), sizes)  # (P,) every pair of a box and a rack of its sample
     rack = np.repeat(starts - (np.cumsum(sizes) - sizes), sizes) + np.arange(len(box))
-    x, y, z = (boxes.centre_m[box] - racks.centre_m[rack]).T
-    cos, sin = np.cos(racks.yaw_rad())[rack], np.sin(racks.yaw_rad())[rack]
-    from_centre = np.stack([cos * y - sin * x, cos * x + sin * y, z], axis=-1)  # across, along, up
-    inside = (np.abs(from_centre) <= racks.size_wlh_m[rack] / 2).all(axis=1)
+    half_wlh = racks.size_wlh_m / 2
+    w, _, _, z = (racks.quat_wxyz / np.linalg.norm(racks.quat_wxyz, axis=1, keepdims=True)).T
+    cos, sin = w * w - z * z, 2 * w * z
+
+    def corner(along: int, across: int, up: int) -> Array:
+        x, y, z = along * half_wlh[:, 1], across * half_wlh[:, 0], up * half_wlh[:, 2]
+        return np.stack([cos * x - sin * y, sin * x + cos * y, z], axis=-1) + racks.centre_m
+
+    start = corner(1, 1, 1)
+    from_start = boxes.centre_m[box] - start[rack]
+    inside = np.ones(len(box), dtype=bool)
+    for end in (corner(-1, 1, 1), corner(1, -1, 1), corner(1, 1, -1)):
+        edge = end - start
+        reach = (edge[rack] * from_start).sum(axis=1)
+        inside &= (reach >= 0) & (reach <= (edge * edge).sum(axis=1)[rack])
     found = np.zeros(len(boxes), dtype=bool)
     found[box[inside]] = True
     return found
