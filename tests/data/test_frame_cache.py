@@ -8,11 +8,13 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_loader import AUGMENTED, PLAIN, assert_equal, dataset_of
 from tiny_nuscenes import edit_table
 
 from distillbev.data import reader
-from distillbev.data.frame_cache import FrameCache, FrameCacheConfig
+from distillbev.data.frame_cache import FrameCache, FrameCacheConfig, pack, unpack
 from distillbev.data.frames import frames_of_splits
 from distillbev.data.loader import make_training_loader
 from distillbev.data.samples import NuScenes
@@ -28,12 +30,18 @@ CONFIGS = [
 ]
 
 
-def with_cache(config: DataConfig, **settings) -> DataConfig:
-    return replace(config, frame_cache=FrameCacheConfig(**settings))
+def with_cache(config: DataConfig, **options) -> DataConfig:
+    return replace(config, frame_cache=FrameCacheConfig(**options))
 
 
 def entries(root: Path) -> list[Path]:
-    return sorted(root.rglob("frame_cache/*/*.npy"))
+    return sorted(root.rglob("frame_cache/*/*.array"))
+
+
+def dtype_of(path: Path) -> np.dtype:
+    array = unpack(path.read_bytes())
+    assert array is not None
+    return array.dtype
 
 
 def forbid_reading(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,6 +124,28 @@ def test_an_entry_cut_short_is_made_again(spoilt_root: Path, keep_bytes: int):
     assert all(path.stat().st_size > keep_bytes for path in entries(spoilt_root))
 
 
+@settings(deadline=None, max_examples=200)
+@given(st.integers(0, 2**32 - 1))
+def test_a_damaged_entry_is_never_used(seed: int):
+    rng = np.random.default_rng(seed)
+    array = rng.integers(0, 256, (3, 5, 3)).astype(rng.choice(["u1", "<f4", "<i8"]))
+    content = bytearray(pack(array))
+    whole = unpack(bytes(content))
+    assert whole is not None
+    np.testing.assert_array_equal(whole, array)
+    position, bit = int(rng.integers(len(content))), int(rng.integers(8))
+    content[position] ^= 1 << bit
+    assert unpack(bytes(content)) is None
+    assert unpack(pack(array)[:position]) is None
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (0, 5), (2, 0, 3)])
+def test_arrays_without_values_or_axes_come_back(shape: tuple[int, ...]):
+    back = unpack(pack(np.zeros(shape, dtype=np.float32)))
+    assert back is not None
+    assert (back.shape, back.dtype) == (shape, np.float32)
+
+
 def test_a_source_that_vanished_is_an_error_also_when_it_is_cached(spoilt_root: Path):
     nuscenes = NuScenes(spoilt_root)
     dataset_of(nuscenes, with_cache(PLAIN))[0, 0]
@@ -127,10 +157,10 @@ def test_a_source_that_vanished_is_an_error_also_when_it_is_cached(spoilt_root: 
 def test_only_what_was_asked_for_is_kept(spoilt_root: Path):
     nuscenes = NuScenes(spoilt_root)
     dataset_of(nuscenes, with_cache(PLAIN, sweeps=False))[0, 0]
-    assert [np.load(path).dtype for path in entries(spoilt_root)] == [np.uint8] * 3
+    assert [dtype_of(path) for path in entries(spoilt_root)] == [np.uint8] * 3
     shutil.rmtree(spoilt_root / "frame_cache")
     dataset_of(nuscenes, with_cache(PLAIN, images=False))[0, 0]
-    assert [np.load(path).dtype for path in entries(spoilt_root)] == [np.float32]
+    assert [dtype_of(path) for path in entries(spoilt_root)] == [np.float32]
 
 
 def test_workers_share_a_cache_and_give_the_same_batches(spoilt_root: Path):
@@ -150,7 +180,7 @@ def fill(folder: Path, first: int) -> None:
     cache = FrameCache(folder, FrameCacheConfig(folder="cache", max_gib=1e6 / 2**30))
     source = folder / "source"
     for number in range(first, first + 40):
-        cache.array([source], (number,), lambda: np.zeros(24_872, dtype=np.uint8))  # 25 kB with its head
+        cache.array([source], (number,), lambda: np.zeros(24_961, dtype=np.uint8))  # 25 kB in all
 
 
 def test_processes_together_stay_below_the_bound_and_say_so(tmp_path: Path, caplog):
@@ -161,9 +191,9 @@ def test_processes_together_stay_below_the_bound_and_say_so(tmp_path: Path, capl
     for process in processes:
         process.join()
         assert process.exitcode == 0
-    sizes = [path.stat().st_size for path in (tmp_path / "cache").rglob("*.npy")]
+    sizes = [path.stat().st_size for path in (tmp_path / "cache").rglob("*.array")]
     assert sizes == [25_000] * 40
-    assert not list((tmp_path / "cache").rglob(".*.npy.*"))
+    assert not list((tmp_path / "cache").rglob(".*.array.*"))
     with caplog.at_level(logging.WARNING):
         fill(tmp_path, 500)
     assert [record.getMessage() for record in caplog.records] == [
@@ -192,7 +222,7 @@ def test_a_cache_that_cannot_be_written_costs_time_only(spoilt_root: Path, caplo
     assert "cannot be written: " in caplog.records[0].getMessage()
 
 
-@pytest.mark.parametrize("settings", [{"max_gib": 0.0}, {"images": False, "sweeps": False}])
-def test_a_cache_of_nothing_is_refused(settings: dict):
+@pytest.mark.parametrize("options", [{"max_gib": 0.0}, {"images": False, "sweeps": False}])
+def test_a_cache_of_nothing_is_refused(options: dict):
     with pytest.raises(ConfigError, match="frame_cache=null"):
-        FrameCacheConfig(**settings)
+        FrameCacheConfig(**options)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
+import json
 import logging
 import os
 import threading
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,24 @@ class FrameCacheConfig(Config, frozen=True):
             )
         if not (self.images or self.sweeps):
             raise ConfigError("a frame_cache of neither images nor sweeps; choose one, or frame_cache=null")
+
+
+def pack(array: NDArray[Any]) -> bytes:
+    """A line of JSON with type and shape, the values, a checksum of both."""
+    head = json.dumps({"dtype": array.dtype.str, "shape": array.shape}).encode() + b"\n"
+    content = head + array.tobytes()
+    return content + zlib.crc32(content).to_bytes(4, "little")
+
+
+def unpack(content: bytes) -> NDArray[Any] | None:
+    """The array (not to be written to), or None if the content is not what was packed."""
+    if zlib.crc32(memoryview(content)[:-4]) != int.from_bytes(content[-4:], "little"):
+        return None
+    start = content.find(b"\n") + 1
+    if start == 0:
+        return None  # nothing at all has the right checksum, too
+    head = json.loads(content[:start])
+    return np.frombuffer(memoryview(content)[start:-4], np.dtype(head["dtype"])).reshape(head["shape"])
 
 
 def cached(
@@ -100,25 +119,24 @@ class FrameCache:
         return digest.hexdigest()
 
     def _path(self, name: str) -> Path:
-        return self.folder / name[:2] / f"{name[2:]}.npy"
+        return self.folder / name[:2] / f"{name[2:]}.array"
 
     def _read(self, name: str) -> NDArray[Any] | None:
         try:
-            return np.load(self._path(name), allow_pickle=False)
-        except (OSError, ValueError, EOFError):
-            return None  # not there, or cut short by a crash of the machine
+            return unpack(self._path(name).read_bytes())
+        except OSError:
+            return None
 
     def _write(self, name: str, array: NDArray[Any]) -> None:
         path = self._path(name)
-        content = io.BytesIO()
-        np.save(content, array, allow_pickle=False)
+        content = pack(array)
         part = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            if not self._reserve(content.tell()):
+            if not self._reserve(len(content)):
                 self._stop(f"holds {self.max_bytes / 2**30:.3g} GiB, as many as it may")
                 return
-            part.write_bytes(content.getbuffer())
+            part.write_bytes(content)
             part.replace(path)
         except OSError as error:
             with contextlib.suppress(OSError):
