@@ -22,7 +22,7 @@ from distillbev.models.centerpoint import CenterPointConfig
 from distillbev.recipes import RECIPES
 from distillbev.train.checkpoint import save_weights
 from distillbev.train.experiment import Experiment, FaultConfig, LogConfig, OptimConfig
-from distillbev.train.feed import Feed
+from distillbev.train.feed import Feed, ForgivingFrames
 from distillbev.train.loop import DetectionObjective, StepLog, parameter_groups, require_bearable, train
 
 
@@ -132,6 +132,14 @@ def test_a_dead_worker_stops_the_run_with_its_cause(
     assert "\n" not in str(caught.value)
     train(experiment(tiny_root), tmp_path / "run", show_progress=False)
     assert losses_of(tmp_path / "run") == undisturbed
+
+
+def test_a_worker_that_dies_at_once_is_told_with_its_cause(
+    tiny_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ForgivingFrames, "__getitem__", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(RunError, match=r"before the first batch: .*(signal: Killed|exited unexpectedly)"):
+        next(iter(Feed(experiment(tiny_root, workers=1), NuScenes(tiny_root))))
 
 
 def test_a_dead_worker_is_started_anew_and_no_number_changes(

@@ -167,12 +167,17 @@ def watched(batches: Iterator[Batch]) -> Iterator[Batch]:
         DeadWorkerError: by which signal, or with which exit code.
     """
     others = multiprocessing.active_children()
-    batch = next(batches, None)  # starts the workers, and sets torch's handler
+    batch = reason = None
+    try:
+        batch = next(batches, None)  # starts the workers, and sets torch's handler
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        reason = f"data worker died before the first batch: {' '.join(str(error).split())}"
     workers = [child for child in multiprocessing.active_children() if child not in others]
     handler = None
-    if workers and threading.current_thread() is threading.main_thread():
+    if (workers or reason) and threading.current_thread() is threading.main_thread():
         handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch still looks every few seconds
-    reason = None
     while batch is not None:
         yield batch
         reason = cause_of_death(workers)
