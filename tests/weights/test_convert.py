@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from distillbev.classes import CLASSES
 from distillbev.errors import CheckpointError
 from distillbev.grid import BevGrid
 from distillbev.models.bev_encoder import BevEncoderConfig, LssNeckConfig
@@ -31,6 +32,7 @@ from distillbev.models.lidar_query_teacher import (
     QueryEncoderConfig,
 )
 from distillbev.models.lift import DepthBins, LiftConfig
+from distillbev.models.nms import RotatedNms
 from distillbev.models.pillars import DynamicPillarsConfig, HardPillarsConfig
 from distillbev.models.query_head import QueryHeadConfig
 from distillbev.models.second import SecondConfig, SecondFpnConfig
@@ -38,10 +40,10 @@ from distillbev.models.voxels import SparseVoxelsConfig
 from distillbev.recipes import RECIPES
 from distillbev.train.inference import load_trained
 from distillbev.weights.convert import convert, import_weights
-from distillbev.weights.fit import infer_config, misfit
+from distillbev.weights.fit import SCALES_OF_BEVDET, infer_config, misfit
 from distillbev.weights.pixels import PIXELS, pixels_of_config, turn_stem
 from distillbev.weights.read import Published
-from distillbev.weights.rename import recognise, turn_code
+from distillbev.weights.rename import CLASSES_OF_MMDET3D, recognise, turn_code
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PILLARS, VOXELS, BEVDET = (
@@ -107,6 +109,7 @@ def queries() -> dict[str, Tensor]:
         ),
         head + "transformer.decoder.layers.0.attentions.0.attn.in_proj_bias": torch.zeros(4),
         head + "reg_branches.0.4.bias": torch.arange(10.0),
+        head + "cls_branches.0.6.bias": torch.arange(10.0),
     }
 
 
@@ -117,10 +120,25 @@ def test_a_whole_bevformer_comes_out_under_our_names() -> None:
         "encoder.layers.0.spatial.value_proj.bias",
         "encoder.layers.0.temporal.value_proj.bias",
         "head.box_branches.0.4.bias",
+        "head.class_branches.0.6.bias",
         "head.layers.0.self_attention.in_proj_bias",
         "image_encoder.backbone.conv1.weight",
     ]
     assert state["head.box_branches.0.4.bias"].tolist() == [0, 1, 4, 3, 2, 5, -7, -6, 8, 9]
+    theirs = [
+        "car",
+        "truck",
+        "construction_vehicle",
+        "bus",
+        "trailer",
+        "barrier",
+        "motorcycle",
+        "bicycle",
+        "pedestrian",
+        "traffic_cone",
+    ]
+    rows = state["head.class_branches.0.6.bias"].int().tolist()
+    assert [theirs[row] for row in rows] == list(CLASSES)
     assert report.needless == ["pts_bbox_head.code_weights"]
 
 
@@ -216,6 +234,18 @@ MODELS = [
         ),
     ),
     (BevDet, SMALL_BEVDET),
+    (
+        BevDet,
+        msgspec.structs.replace(
+            SMALL_BEVDET,
+            head=CenterHeadConfig(
+                tasks=(CLASSES_OF_MMDET3D,),
+                nms=(RotatedNms(class_scale=SCALES_OF_BEVDET),),
+                shared_channels=8,
+                branch_channels=8,
+            ),
+        ),
+    ),
     (BevDet, RELEASED),
     (
         BevDet,

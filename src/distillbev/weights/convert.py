@@ -23,6 +23,7 @@ from .rename import (
     Source,
     adapter_name,
     recognise,
+    turn_classes,
     turn_kernel,
     turn_weight,
 )
@@ -31,6 +32,10 @@ from .runs import run_of, with_ground
 FIRST_POINT_LAYER = re.compile(r"(pillars|points)\.(pfn_layers\.0\.(linear|0)|conv_input\.0)\.weight$")
 # Input columns of that layer -> which of them is the time: of a pillar's points, of the means of voxels.
 TIME_OF_COLUMNS = ({10: 4, 11: 4, 22: 16, 23: 16}, {5: 4, 23: 5})
+CLASS_COLUMNS = (
+    "it reads virtual points, whose columns 4 to 13 are classes; weights do not tell their order, "
+    "ours is that of the detection challenge"
+)
 STEM, STEM_MEAN = "image_encoder.backbone.conv1.weight", "image_encoder.backbone.bn1.running_mean"
 
 
@@ -187,10 +192,13 @@ def convert(published: Published, version: str | None = None, pixels: str | None
                 report.adapters.append((name, ours))
         elif ours := source.rename(name):
             turned = turn_weight(name, value, old_boxes=not new_boxes)
-            laid = turn_kernel(turned)
+            sorted_rows = turn_classes(name, turned)
+            laid = turn_kernel(sorted_rows)
             if turned is not value:
                 report.reordered.append((name, "rows to our box code"))
-            if laid is not turned:
+            if sorted_rows is not turned:
+                report.reordered.append((name, "rows to our order of classes"))
+            if laid is not sorted_rows:
                 report.reordered.append((name, "kernel of spconv 1 to spconv 2's layout"))
             _put(made.state, ours, laid, name)
             if ours == name:
@@ -244,6 +252,8 @@ def _turn_time(made: Converted) -> None:
             kernel[..., column] *= -1
             made.state[name] = kernel
             made.report.reordered.append((theirs_of[name], "sign of the points' time"))
+        if kernel.shape[-1] in (22, 23):
+            made.report.remark = CLASS_COLUMNS
 
 
 def _fold_biases(made: Converted) -> None:

@@ -24,12 +24,15 @@ from ..models.history import HistoryConfig
 from ..models.image_encoder import RESNET_BLOCKS, ImageEncoderConfig, ResNetConfig
 from ..models.lidar_query_teacher import LidarQueryTeacherConfig, QueryEncoderConfig
 from ..models.lift import DepthBins, LiftConfig
+from ..models.nms import RotatedNms
 from ..models.pillars import DynamicPillarsConfig, HardPillarsConfig
 from ..models.query_head import QueryHeadConfig
 from ..models.second import SecondConfig, SecondFpnConfig
 from ..models.voxels import MVP_COLUMNS, ORIGIN_COLUMNS, SparseVoxelsConfig
+from .rename import CLASSES_OF_MMDET3D
 
 State = dict[str, Tensor]
+SCALES_OF_BEVDET = (1.0, 0.7, 0.7, 0.4, 0.55, 1.1, 1.0, 1.0, 4.5, 9.0)  # of its classes' footprints in NMS
 HEADS = 8  # of all published attentions; their shapes do not tell
 HALF_SIDE_M = 51.2  # of the ground of all published query detectors
 
@@ -116,12 +119,17 @@ def _center_head(state: State) -> CenterHeadConfig:
     branch = state["head.task_heads.0.reg.0.conv.weight"]
     tasks = _count(state, r"head\.task_heads\.(\d+)\.")
     widths = [len(_last(state, rf"head\.task_heads\.{task}\.heatmap\.\d+\.weight$")) for task in range(tasks)]
-    if widths != [len(task) for task in CENTERPOINT_TASKS]:
+    if widths == [len(CLASSES_OF_MMDET3D)]:  # BEVDet from version 2 on
+        tasks_and_nms = {"tasks": (CLASSES_OF_MMDET3D,), "nms": (RotatedNms(class_scale=SCALES_OF_BEVDET),)}
+    elif widths == [len(task) for task in CENTERPOINT_TASKS]:
+        tasks_and_nms = {}
+    else:
         raise CheckpointError(
             f"a head of tasks with {widths} classes; expected {[len(task) for task in CENTERPOINT_TASKS]}, the ten of "
             "nuScenes"
         )
     return CenterHeadConfig(
+        **tasks_and_nms,
         shared_channels=shared,
         branch_channels=len(branch),
         branch_convs=_count(state, r"head\.task_heads\.0\.reg\.(\d+)\.conv\."),

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..classes import CLASSES
 from ..errors import CheckpointError
 
 Names = tuple[tuple[str, str], ...]  # patterns at the beginning of a name, and what stands there in ours
@@ -143,6 +144,19 @@ TEACHER = "teacher_model."  # what distill-bev puts before its teacher's names, 
 OLD_ENTRY = (0, 1, 4, 3, 2, 5, 7, 6, 8, 9)
 OLD_SIGN = (1.0, 1.0, 1.0, 1.0, 1.0, 1.0, -1.0, -1.0, 1.0, 1.0)
 NEW_ENTRY = (0, 1, 4, 2, 3, 5, 6, 7, 8, 9)  # from mmdetection3d 1.0 on: length first, our yaw
+
+CLASSES_OF_MMDET3D = (  # the order of the rows of its query heads' class scores
+    "car",
+    "truck",
+    "construction_vehicle",
+    "bus",
+    "trailer",
+    "barrier",
+    "motorcycle",
+    "bicycle",
+    "pedestrian",
+    "traffic_cone",
+)
 
 EGO_FRAME = (
     "its BEV map lies in the ego frame (x forward), ours in the LiDAR frame (x right): maps and boxes come out turned "
@@ -342,6 +356,13 @@ def turn_weight(name: str, value: Tensor, old_boxes: bool = True) -> Tensor:
         return value[[1, 0, 2]]
     if old_boxes and re.search(r"\.rot\.\d+\.(weight|bias)$", name) and len(value) == 2:
         return -value[[1, 0]]
+    return value
+
+
+def turn_classes(name: str, value: Tensor) -> Tensor:
+    """The rows of a query head's class scores, from mmdetection3d's order of classes to ours; others as they are."""
+    if re.search(r"(^|\.)cls_branches\.\d+\.6\.", name) and len(value) == len(CLASSES):
+        return value[[CLASSES_OF_MMDET3D.index(name) for name in CLASSES]]
     return value
 
 
