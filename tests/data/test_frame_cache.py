@@ -202,6 +202,17 @@ def test_processes_together_stay_below_the_bound_and_say_so(tmp_path: Path, capl
     ]
 
 
+@pytest.mark.parametrize("count", [None, b"", b"zero"])
+def test_a_count_that_is_lost_is_taken_anew(tmp_path: Path, count: bytes | None):
+    (tmp_path / "source").write_bytes(b"1")
+    fill(tmp_path, 0)
+    (tmp_path / "cache" / "bytes").unlink()
+    if count is not None:
+        (tmp_path / "cache" / "bytes").write_bytes(count)
+    fill(tmp_path, 100)
+    assert len(list((tmp_path / "cache").rglob("*.array"))) == 40
+
+
 def test_threads_asking_for_the_same_entry_all_get_it(tmp_path: Path):
     (tmp_path / "source").write_bytes(b"1")
     cache = FrameCache(tmp_path, FrameCacheConfig())

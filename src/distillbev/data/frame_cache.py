@@ -145,21 +145,23 @@ class FrameCache:
 
     def _reserve(self, num_bytes: int) -> bool:
         """Counts the bytes in, for all processes together, if there is room for them."""
-        with (self.folder / COUNT_FILE).open("a+") as file:
+        with os.fdopen(os.open(self.folder / COUNT_FILE, os.O_RDWR | os.O_CREAT), "r+b", buffering=0) as file:
             try:
                 import fcntl
 
                 fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
             except (ImportError, OSError):
                 pass  # no locks here: each process may then overrun the bound by one entry
-            file.seek(0)
-            digits = file.read().strip()
-            used = (int(digits) if digits.isdigit() else 0) + num_bytes
-            if used > self.max_bytes:
+            digits = file.read()
+            used = int(digits) if digits.isdigit() else self._count()
+            if used + num_bytes > self.max_bytes:
                 return False
-            file.truncate(0)
-            file.write(str(used))
+            file.seek(0)
+            file.write(b"%020d" % (used + num_bytes))  # always as long, so that it is never half written
         return True
+
+    def _count(self) -> int:
+        return sum(path.stat().st_size for path in self.folder.rglob("*.array"))
 
     def _stop(self, reason: str) -> None:
         self.accepts = False
