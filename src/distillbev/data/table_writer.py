@@ -1,6 +1,7 @@
 """Writes the thirteen tables of a nuScenes folder: the rows that never change, links, files.
 
-The simulated world (`world/`) and recordings of one's own (`recording_writer.py`) are written with it; `tables.py` reads.
+Simulated worlds (`world/`) and recordings of one's own (`recording_writer.py`) are written with it; `tables.py`
+reads.
 """
 
 from __future__ import annotations
