@@ -115,7 +115,7 @@ def comparison_page(
     sections.append(
         f"<p class=soft>Found: within {metrics.dist_th_tp_m:g} m of a detection with a score of at least "
         f"{scores}, where each has its best F1. Mean AP of a group: over the classes in it; detections that "
-        "took a box of another group are left out.</p>"
+        "took a box of another group are left out. In brackets: annotated boxes.</p>"
     )
     if samples:
         sections.append(
