@@ -36,14 +36,14 @@ from distillbev.models.nms import RotatedNms
 from distillbev.models.pillars import DynamicPillarsConfig, HardPillarsConfig
 from distillbev.models.query_head import QueryHeadConfig
 from distillbev.models.second import SecondConfig, SecondFpnConfig
-from distillbev.models.voxels import SparseVoxelsConfig
+from distillbev.models.voxels import SparseVoxelsConfig, split_by_origin, undo_shares
 from distillbev.recipes import RECIPES
 from distillbev.train.inference import load_trained
 from distillbev.weights.convert import convert, import_weights
 from distillbev.weights.fit import SCALES_OF_BEVDET, infer_config, misfit
 from distillbev.weights.pixels import PIXELS, pixels_of_config, turn_stem
 from distillbev.weights.read import Published
-from distillbev.weights.rename import CLASSES_OF_MMDET3D, recognise, turn_code
+from distillbev.weights.rename import CLASSES_OF_MMDET3D, recognise, turn_code, widen_origins
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PILLARS, VOXELS, BEVDET = (
@@ -444,3 +444,22 @@ def test_a_teacher_file_takes_its_ground_from_its_configuration(tmp_path: Path) 
     assert isinstance(detector, CenterPoint)
     assert detector.config.grid == BevGrid(x_range_m=(-54.0, 54.0), y_range_m=(-54.0, 54.0), cell_m=0.075)
     assert experiment.student is None and not experiment.data.load_images
+
+
+def test_voxels_of_det3d_s_mvp_see_in_our_columns_what_they_saw_in_theirs() -> None:
+    points = torch.randn(40, 17)
+    points[:, 15] = torch.tensor([1.0, 0.0, -1.0, 1.0]).repeat(10)  # measured, copy, virtual
+    points[points[:, 15] <= 0, 16] = 0  # classes come with the key frame
+    measured = points[:, 15:16] > 0
+    copy = (points[:, 15:16] == 0).float()
+    own = points[:, [0, 1, 2, 3, 16]] * measured
+    classified = torch.cat([points[:, [0, 1, 2, *range(4, 15), 16]], copy], dim=1) * ~measured
+    share = measured.float().mean()
+    theirs = torch.cat([own.mean(0) / share, classified.mean(0) / (1 - share)])
+    ours = undo_shares(split_by_origin(points).mean(0, keepdim=True))[0]
+    kernel = torch.randn(4, 3, 3, 3, 21)
+    torch.testing.assert_close(widen_origins(kernel) @ ours, kernel @ theirs)
+    with pytest.raises(CheckpointError, match="pillars of det3d's MVP"):
+        infer_config({"pillars.pfn_layers.0.linear.weight": torch.zeros(32, 21)})
+    plain = kernel[..., :5]
+    assert widen_origins(plain) is plain

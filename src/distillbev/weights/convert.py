@@ -26,6 +26,7 @@ from .rename import (
     turn_classes,
     turn_kernel,
     turn_weight,
+    widen_origins,
 )
 from .runs import run_of, with_ground
 
@@ -200,7 +201,10 @@ def convert(published: Published, version: str | None = None, pixels: str | None
                 report.reordered.append((name, "rows to our order of classes"))
             if laid is not sorted_rows:
                 report.reordered.append((name, "kernel of spconv 1 to spconv 2's layout"))
-            _put(made.state, ours, laid, name)
+            widened = widen_origins(laid) if FIRST_POINT_LAYER.match(ours) else laid
+            if widened is not laid:
+                report.reordered.append((name, "21 columns of points to our 23"))
+            _put(made.state, ours, widened, name)
             if ours == name:
                 report.used.append(name)
             else:

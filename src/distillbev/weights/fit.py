@@ -183,6 +183,11 @@ def _points(
             with_distance=with_distance,
             virtual_flag_column=15 if features == 17 else None,
         )
+    if further == 16:
+        raise CheckpointError(
+            "pillars of det3d's MVP, whose 16 columns mean other things for measured and virtual points; expected 5, "
+            "or the 17 of the release's teachers, so take its voxels or the release's MVP"
+        )
     one_more = further == 6
     return HardPillarsConfig(
         channels=(*(2 * len(kernel) for kernel in kernels[:-1]), len(kernels[-1])),

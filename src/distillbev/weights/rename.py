@@ -374,3 +374,16 @@ def turn_kernel(value: Tensor) -> Tensor:
     if value.ndim == 5 and tuple(value.shape[:3]) in ((3, 3, 3), (3, 1, 1)):
         return value.permute(4, 0, 1, 2, 3).contiguous()
     return value
+
+
+def widen_origins(value: Tensor) -> Tensor:
+    """The first kernel of det3d's MVP, (..., 21), for the 23 columns that ours tells voxels by; others as they are.
+
+    Theirs: x, y, z, intensity, time of measured points; x, y, z, ten classes, score, time, copied or not of those with
+    a class. The latter's time has no column in ours, and needs none where virtual points come with key frames only.
+    """
+    if value.ndim != 5 or value.shape[-1] != 21:
+        return value
+    wide = value.new_zeros(*value.shape[:-1], 23)
+    wide[..., [0, 1, 2, 3, 5, 6, 7, 8, *range(10, 21), 22]] = value[..., [*range(19), 20]]
+    return wide
