@@ -397,7 +397,7 @@ def test_pixels_are_those_told_then_the_file_s_then_the_source_s() -> None:
     text = "img_norm_cfg = dict(\n    mean=[103.53, 116.28, 123.675], std=[1.0, 1.0, 1.0], to_rgb=False)"
     assert pixels_of_config(text) is not None
     for file, given, expected in (
-        (Published(weights, "", None), None, "RGB, ImageNet's mean and spread (as ours) (as BEVFormer"),
+        (Published(weights, "", None), None, "RGB, ImageNet's mean and spread (as BEVFormer"),
         (Published(weights, "", None, text), None, "as the file's configuration says"),
         (Published(weights, "", None, text), "swapped", "as told"),
         (

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,15 @@ def test_weights_without_an_average_are_told_as_such_with_their_version(tmp_path
     published = read_published(tmp_path / "w.pth")
     assert published.choice == "the file's only weights, from 'state_dict'"
     assert published.version == "0.17.1"
+
+
+def test_what_trainers_leave_beside_the_weights_is_read_or_passed_over(tmp_path: Path) -> None:
+    meta = {"mmengine_version": "0.7.2", "cfg": "voxel_size = 1", "best_score": np.float64(0.3)}
+    torch.save({"state_dict": {"a": RAW}, "meta": meta}, tmp_path / "w.pth")
+    published = read_published(tmp_path / "w.pth")
+    assert (published.version, published.config) == ("1.1", "voxel_size = 1")
+    torch.save({"state_dict": {"model.module.a": RAW, "model.module.b": RAW}}, tmp_path / "w.pth")
+    assert list(read_published(tmp_path / "w.pth").tensors) == ["a", "b"]
 
 
 def refusal(path: Path) -> str:

@@ -74,8 +74,7 @@ class Report:
             ("note", self.remark),
             ("model", self.model),
         )
-        lines = [f"{name}: {text}" for name, text in heads if text]
-        lines += [f"used      {name}" for name in self.used]
+        lines = [f"used      {name}" for name in self.used]
         lines += [f"renamed   {theirs} -> {ours}" for theirs, ours in self.renamed]
         lines += [f"reordered {name}: {change}" for name, change in self.reordered]
         lines += [f"folded    {theirs} -> {ours}" for theirs, ours in self.folded]
@@ -86,6 +85,7 @@ class Report:
             lines += [f"missing   {name}" for name in self.misfit.missing]
             lines += [f"surplus   {name}" for name in self.misfit.surplus]
             lines += [f"reshaped  {text}" for text in self.misfit.reshaped]
+        lines += [f"{name}: {text}" for name, text in heads if text]  # last, where a terminal shows it
         lines.append(
             f"{len(self.used) + len(self.renamed)} keys carried ({len(self.renamed)} renamed, "
             f"{len(self.reordered)} reordered), {len(self.folded)} folded, {len(self.adapters)} of adapters, "

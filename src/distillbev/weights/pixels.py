@@ -27,7 +27,7 @@ class Pixels:
 
 
 PIXELS = {
-    "rgb": Pixels(False, MEAN_RGB, STD_RGB, "RGB, ImageNet's mean and spread (as ours)"),
+    "rgb": Pixels(False, MEAN_RGB, STD_RGB, "RGB, ImageNet's mean and spread"),
     "bgr": Pixels(True, MEAN_RGB[::-1], (1.0, 1.0, 1.0), "BGR, ImageNet's mean, not scaled"),
     "swapped": Pixels(True, MEAN_RGB, STD_RGB, "BGR, with mean and spread in the order of RGB"),
 }
