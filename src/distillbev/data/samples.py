@@ -385,7 +385,7 @@ class NuScenes:
 @cache
 def official_splits() -> dict[str, list[str]]:
     """The splits of nuScenes: train, val, test, mini_train, mini_val. The file names its source."""
-    return json.loads(files(__package__).joinpath("official_splits.json").read_text())["splits"]
+    return json.loads(files("distillbev.data").joinpath("official_splits.json").read_text())["splits"]
 
 
 def _camera_rank(channel: str) -> int:

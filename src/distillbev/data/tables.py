@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import msgspec
 
@@ -79,7 +79,7 @@ class CalibratedSensorRow(Row, frozen=True, gc=False):
 
 class SensorRow(Row, frozen=True, gc=False):
     channel: Text
-    modality: Text
+    modality: Literal["camera", "lidar", "radar"]  # a word of another kind would hide a sensor
 
 
 class AnnotationRow(Row, frozen=True, gc=False):
@@ -352,7 +352,7 @@ def read_rows(path: Path, row_type: type[RowT]) -> list[RowT]:
 
 def _read_rows_slowly(path: Path, content: bytes, row_type: type[RowT]) -> list[RowT]:
     """Row by row, so that the error can name the row; takes the NaN that Python's json module writes."""
-    rows = []
+    rows, raw_row = [], None
     try:
         for raw_row in _raw_rows(content.decode("utf-8-sig")):
             json.dumps(
@@ -374,18 +374,25 @@ def _read_rows_slowly(path: Path, content: bytes, row_type: type[RowT]) -> list[
 def _raw_rows(text: str) -> Iterator[Any]:
     """The rows of a table one by one, so that a hostile one cannot become a hundred times its size in memory."""
     decode = json.JSONDecoder().raw_decode
-    skip = re.compile(r"[ \t\r\n]*").match
-    if text[(place := skip(text).end()) : place + 1] != "[":
+    space = re.compile(r"[ \t\r\n]*")
+
+    def skip(place: int) -> int:
+        found = space.match(text, place)
+        assert found is not None, place
+        return found.end()
+
+    place = skip(0)
+    if text[place : place + 1] != "[":
         raise ValueError("expected a list of rows")
-    place = skip(text, place + 1).end()
+    place = skip(place + 1)
     closed = text[place : place + 1] == "]"
     while not closed:
         row, length = decode(text[place : place + LONGEST_ROW])
         yield row
-        place = skip(text, place + length).end()
+        place = skip(place + length)
         closed = text[place : place + 1] == "]"
         if not closed and text[place : place + 1] != ",":
             raise ValueError("expected a comma or the end of the list after the row")
-        place = skip(text, place + 1).end()
-    if skip(text, place + 1).end() < len(text):
+        place = skip(place + 1)
+    if skip(place + 1) < len(text):
         raise ValueError("expected nothing after the list of rows")
