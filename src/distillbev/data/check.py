@@ -40,10 +40,10 @@ def check_dataset(
     check_files(folder.parent, tables, files_per_channel, findings)
     del tables
     index = find_index(folder)
-    for name in damaged_files(index) if index is not None else ():
-        findings.add(
-            "error", "index: a file is damaged; delete its folder, and it is built anew", str(index / name)
-        )
+    if index is not None:
+        for name in damaged_files(index):
+            what = "index: a file is damaged; delete its folder, and it is built anew"
+            findings.add("error", what, str(index / name))
     if tables_are_right:
         nuscenes = NuScenes(folder, use_index=False)
         check_splits(nuscenes, findings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
@@ -87,7 +88,8 @@ class IndexTable(RowsByToken[RowT]):
         self._columns: dict[str, NDArray[Any]] = {}
         try:
             for path in place.glob(f"{name}.*.npy"):
-                mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+                with warnings.catch_warnings(action="error"):  # a head that numpy did not write
+                    mapped = np.load(path, mmap_mode="r", allow_pickle=False)
                 self._columns[path.name[len(name) + 1 : -4]] = mapped.view(np.ndarray)
             self._tokens = TokenOrder(self["token"], self["order"], self["sorted_keys"])
         except Exception as error:  # numpy raises many types for heads that somebody made up
