@@ -194,7 +194,7 @@ def test_no_json_no_results_and_no_file_are_refused(scenes: list[Scene], tmp_pat
     for content in ("{", "[]", '{"results": {}}'):
         with pytest.raises(DataError, match="no nuScenes results file"):
             write_and_read(scenes, content, tmp_path)
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="no such results file"):
         read_results(tmp_path / "absent.json", ground_truth_boxes(samples_of(scenes)))
 
 

@@ -121,6 +121,8 @@ def _sample_data_columns(rows: list[SampleDataRow], codes: CodesOfColumns) -> Co
 
 def _annotation_columns(rows: list[AnnotationRow], codes: CodesOfColumns) -> Columns:
     attributes = [row.attribute_tokens[0] if row.attribute_tokens else "" for row in rows]
+    if any(row.attribute_tokens and not attribute for row, attribute in zip(rows, attributes, strict=True)):
+        raise NotIndexableError("sample_annotation.json has an empty attribute token")
     return {
         "token": _texts([row.token for row in rows]),
         "sample": _texts([row.sample_token for row in rows]),

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..classes import CLASSES
+from ..data.files import read_whole
 from ..data.findings import Finding, Findings, Severity
+from ..errors import DataError
 from .eval_boxes import ATTRIBUTES, LARGEST
-from .results import MAX_BOXES_PER_SAMPLE
+from .results import MAX_BOXES_PER_SAMPLE, MOST_RESULTS_BYTES
 
 Fault = tuple[Severity, str, str]  # severity, what, where
 
@@ -41,14 +44,15 @@ def _faults(path: Path, tokens: Sequence[str]) -> Iterator[Fault]:
     def take_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         taken = dict(pairs)
         if len(taken) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice.extend(name for name in taken if names.count(name) > 1)
+            counts = Counter(name for name, _ in pairs)
+            twice.extend(name for name, count in counts.items() if count > 1)
         return taken
 
     try:
-        content = json.loads(path.read_bytes(), object_pairs_hook=take_pairs)
-    except OSError as error:
-        yield "error", "the file cannot be read", f"{path}: {error.strerror}"
+        text = read_whole(path, "results file", MOST_RESULTS_BYTES, "; give another path")
+        content = json.loads(text, object_pairs_hook=take_pairs)
+    except DataError as error:
+        yield "error", "the file cannot be read", str(error)
         return
     except (ValueError, RecursionError) as error:
         yield "error", "the file is not JSON", str(error)

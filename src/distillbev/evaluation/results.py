@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 
 from ..classes import CLASSES
+from ..data.files import read_whole
 from ..errors import DataError
 from .eval_boxes import (
     ATTRIBUTES,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from ..data.schema import Sample
 
 MAX_BOXES_PER_SAMPLE = 500
+MOST_RESULTS_BYTES = 2**31  # test, all 500 boxes in every sample, has half of it
 
 
 class ResultsMeta(msgspec.Struct, frozen=True, kw_only=True):
@@ -177,12 +179,7 @@ def read_results(path: Path, ground_truth: GroundTruth) -> tuple[EvalBoxes, Resu
 
 
 def _decode(path: Path) -> _Results:
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read ({error.strerror}); expected a nuScenes results file"
-        ) from None
+    text = read_whole(path, "results file", MOST_RESULTS_BYTES, "; expected a nuScenes results file")
     try:
         if b"NaN" in text:  # no JSON proper, yet what json.dump writes for an unknown velocity
             return msgspec.convert(json.loads(text), _Results)
