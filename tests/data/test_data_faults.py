@@ -25,7 +25,7 @@ import distillbev
 from distillbev.data import index
 from distillbev.data.check import check_dataset
 from distillbev.data.frames import FrameDataset, frames_of_tokens
-from distillbev.data.images import load_image
+from distillbev.data.images import has_hidden_damage, load_image
 from distillbev.data.index import build_index, open_tables
 from distillbev.data.index_reader import IndexedTables, read_list
 from distillbev.data.instance_masks import MaskFiles
@@ -87,12 +87,13 @@ def test_a_jpeg_cut_anywhere_is_refused(spoilt_root: Path, fast: bool):
             load_image(camera, fast=fast)
 
 
-def test_a_jpeg_with_flipped_bits_is_refused_or_has_its_size_and_checks_tell_most(spoilt_root: Path):
+def test_a_jpeg_with_flipped_bits_is_refused_or_keeps_its_size_and_some_are_told(spoilt_root: Path):
+    pytest.importorskip("simplejpeg")
     camera = camera_of(spoilt_root)
-    content, whole = camera.path.read_bytes(), np.asarray(load_image(camera).image)
+    content = camera.path.read_bytes()
     rng = np.random.default_rng(0)
-    refused = same = told = hidden = 0
-    for _ in range(200):
+    refused = told = 0
+    for _ in range(100):
         flipped = bytearray(content)
         flipped[rng.integers(len(content))] ^= 1 << rng.integers(8)
         camera.path.write_bytes(flipped)
@@ -100,17 +101,12 @@ def test_a_jpeg_with_flipped_bits_is_refused_or_has_its_size_and_checks_tell_mos
             image = load_image(camera).image
         except DataError:
             refused += 1
-            continue
-        assert image.size == IMAGE_WH and image.mode == "RGB"
-        if np.array_equal(np.asarray(image), whole):
-            same += 1
-        elif any("damaged, yet decodes" in finding.what for finding in check_dataset(spoilt_root)):
-            told += 1
         else:
-            hidden += 1
-        if refused + told > 3 and hidden:
-            break
-    assert refused + told > 3
+            assert (image.size, image.mode) == (IMAGE_WH, "RGB")
+            told += has_hidden_damage(camera.path)
+    assert refused > 0 and told > 10
+    findings = check_dataset(spoilt_root)
+    assert all("damaged, yet decodes" in finding.what or finding.severity == "error" for finding in findings)
 
 
 def gigantic_png(side_px: int) -> bytes:
