@@ -7,6 +7,7 @@ from typing import Literal
 
 Severity = Literal["error", "warning"]
 NUM_EXAMPLES = 3
+LONGEST_EXAMPLE = 1000  # characters
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Findings:
 
     def add(self, severity: Severity, what: str, where: str) -> None:
         where = where if where.isprintable() else ascii(where)  # a terminal obeys control characters
+        where = where[:LONGEST_EXAMPLE]
         kind = (severity, what)
         self._counts[kind] = self._counts.get(kind, 0) + 1
         if self._counts[kind] <= NUM_EXAMPLES:

@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 
 from ..classes import CLASSES
-from ..data.files import read_whole
+from ..data.files import LONGEST_NAME, read_whole
 from ..errors import DataError
 from .eval_boxes import (
     ATTRIBUTES,
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 MAX_BOXES_PER_SAMPLE = 500
 MOST_RESULTS_BYTES = 2**31  # test, all 500 boxes in every sample, has half of it
+Text = Annotated[str, msgspec.Meta(max_length=LONGEST_NAME)]
 
 
 class ResultsMeta(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,20 +52,20 @@ LIDAR_ONLY = ResultsMeta(use_camera=False, use_lidar=True)
 
 
 class _Box(msgspec.Struct):
-    sample_token: str
+    sample_token: Text
     translation: tuple[float, float, float]
     size: tuple[float, float, float]
     rotation: tuple[float, float, float, float]
     velocity: tuple[float, float]
-    detection_name: str
+    detection_name: Text
     detection_score: float
-    attribute_name: str
+    attribute_name: Text
     num_pts: Annotated[int, msgspec.Meta(ge=-1, le=2**31)] = -1
 
 
 class _Results(msgspec.Struct):
     meta: ResultsMeta
-    results: dict[str, list[_Box]]
+    results: dict[Text, list[_Box]]
 
 
 def write_results(path: Path, boxes: EvalBoxes, meta: ResultsMeta = CAMERA_ONLY) -> None:
