@@ -423,7 +423,7 @@ def test_an_unknown_file_is_told_with_what_comes_nearest() -> None:
         recognise(["conv1.weight", "layer1.0.conv1.weight", "fc.weight"])
 
 
-def test_the_generation_of_a_bevdet_is_told_by_its_keys() -> None:
+def test_the_generation_of_a_bevdet_is_told_by_its_keys(tmp_path: Path) -> None:
     old = load_file(BEVDET)
     new = {
         n.replace(".depthnet.", ".depth_net."): w
@@ -433,6 +433,8 @@ def test_the_generation_of_a_bevdet_is_told_by_its_keys() -> None:
     converted = convert(Published(new, "", None))
     assert converted.source.title == "BEVDet from version 2 on" and converted.new_boxes
     assert "ego frame" in str(converted.report)
+    with pytest.raises(CheckpointError, match=r"lies in the ego frame .*--lax"):
+        import_weights(write(new, tmp_path), tmp_path / "run")
     assert converted.state.keys() == convert(Published(old, "", None)).state.keys()
 
 

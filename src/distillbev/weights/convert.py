@@ -19,6 +19,7 @@ from .pixels import Pixels, pixels_by_name, pixels_of_config, turn_stem
 from .read import Published, read_published
 from .rename import (
     BIAS_BEFORE_NORM,
+    EGO_FRAME,
     TEACHER,
     Source,
     adapter_name,
@@ -147,6 +148,10 @@ def import_weights(
     weights, adapters = out, out.with_suffix(f".{ADAPTERS_FILE}")
     run = None
     if not out.suffix:
+        if converted.source.ego_frame and not lax:
+            raise CheckpointError(
+                f"{path}: {EGO_FRAME}; end the name in .safetensors to have the weights, --lax for a run all the same"
+            )
         if config is None or report.misfit:
             raise CheckpointError(
                 f"{out}: no run can be made of parts; end the name in .safetensors to write them"
@@ -178,7 +183,7 @@ def convert(published: Published, version: str | None = None, pixels: str | None
             f"pixels {pixels!r} for {source.title}, which sees no images; leave --pixels out"
         )
     new_boxes, reason = _box_convention(source, version, published.version)
-    report = Report(source.title, published.choice, reason, remark=source.remark)
+    report = Report(source.title, published.choice, reason, remark=EGO_FRAME if source.ego_frame else None)
     made = Converted(source, {}, {}, new_boxes, report)
     # An older loss of distill-bev, whose other layers have no twin.
     older_loss = any(name.startswith("adaptation_layers.") for name in tensors)

@@ -159,8 +159,8 @@ CLASSES_OF_MMDET3D = (  # the order of the rows of its query heads' class scores
 )
 
 EGO_FRAME = (
-    "its BEV map lies in the ego frame (x forward), ours in the LiDAR frame (x right): maps and boxes come out turned "
-    "and shifted unless the data's LiDAR frame is made the ego frame"
+    "its BEV map lies in the ego frame (x forward), ours in the LiDAR frame (x right), so that maps and boxes come out "
+    "turned and shifted"
 )
 
 
@@ -181,7 +181,7 @@ class Source:
     pixels: str | None = None
     needless: str = r"(?!)"
     biases_before_norms: bool = False
-    remark: str | None = None
+    ego_frame: bool = False  # whether its BEV map lies there
 
     def is_needless(self, name: str) -> bool:
         return re.match(self.needless, name) is not None
@@ -259,7 +259,7 @@ SOURCES = (  # where several know equally many keys of a file, the first is take
         lambda name: renamed(name, BEVDET_2),
         boxes="new",
         pixels="swapped",
-        remark=EGO_FRAME,
+        ego_frame=True,
     ),
     Source("BEVDet", "student", lambda name: renamed(name, BEVDET), pixels="rgb", needless=GEOMETRY),
     Source(
@@ -276,7 +276,7 @@ SOURCES = (  # where several know equally many keys of a file, the first is take
         boxes="new",
         pixels="swapped",
         needless=r"backbone\.(voxel_size|voxel_coord|voxel_num|frustum)$",
-        remark=EGO_FRAME,
+        ego_frame=True,
     ),
     Source(
         "BEVFormer",
