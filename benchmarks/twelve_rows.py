@@ -2,8 +2,8 @@
 
 Run: python benchmarks/twelve_rows.py OUT [--steps 400] [--seeds 2]
 
-Everything goes through the command line, as a user's runs do; finished runs are kept. OUT/twelve_rows.md holds the table,
-OUT/summary.json the figures, OUT/logs what each run printed. A student is taught by the teacher of its own seed.
+Everything goes through the command line, as a user's runs do; finished runs are kept. OUT/twelve_rows.md holds the
+table, OUT/summary.json the figures, OUT/logs what each run printed. A student is taught by the teacher of its own seed.
 Students with a depth loss start from their own depth run (`task=depth`, no labels), BEVFormer's backbone from that of
 BEVDet's depth run: without eyes none of them learns enough in a few hundred steps to be compared.
 """

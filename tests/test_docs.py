@@ -42,7 +42,9 @@ def anchors(document: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("name", ["method.md", "frames.md", "data.md", "design.md", "evaluation.md", "from_mmdet3d.md"])
+@pytest.mark.parametrize(
+    "name", ["method.md", "frames.md", "data.md", "design.md", "evaluation.md", "from_mmdet3d.md"]
+)
 def test_every_file_and_function_mentioned_exists(name: str) -> None:
     document = ROOT / "docs" / name
     found = mentions(document)

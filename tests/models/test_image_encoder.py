@@ -228,5 +228,5 @@ def test_maps_of_timm_come_channels_first_whatever_its_model_does() -> None:
 
 @pytest.mark.usefixtures("fake_timm")
 def test_a_timm_model_that_takes_no_image_size_says_so() -> None:
-    with pytest.raises(ConfigError, match="cannot build 'swin_tiny' as a backbone: .*img_size"):
+    with pytest.raises(ConfigError, match=r"cannot build .swin_tiny. as a backbone: .*img_size"):
         TimmBackbone(TimmConfig(name="swin_tiny", image_size_px=(704, 256)))
