@@ -199,7 +199,7 @@ def test_show_writes_one_page_that_needs_nothing_else(
 def test_inspect_draws_as_many_frames_as_asked_for(command: Command, tiny_root: Path, tmp_path: Path):
     shown = command("inspect", tiny_root, "--frames", "2", "--split", "val", "--out", tmp_path)
     assert shown.code == 0, shown.err
-    assert len(shown.out.splitlines()) == len(list(tmp_path.iterdir())) == 2 * 3
+    assert len(shown.out.splitlines()) == len(list(tmp_path.iterdir())) == 2 * 4
 
 
 def test_a_finished_run_is_not_trained_again(command: Command, student: Path, tiny_root: Path):
@@ -301,9 +301,10 @@ def test_a_killed_training_resumes_to_the_numbers_of_an_uninterrupted_one(
 
 
 def read_log(run: Path) -> list[dict[str, float]]:
-    """The log without what a clock measured."""
+    """The log without what a run cost."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if "seconds" not in name} for line in lines]
+    cost = ("seconds_per_step", "data_seconds_per_step", "peak_memory_gb")
+    return [{name: value for name, value in line.items() if name not in cost} for line in lines]
 
 
 # The real frame
@@ -413,7 +414,7 @@ DAMAGE = {
     sweeps_cut_off: (".pcd.bin: 1033 bytes, expected a multiple of 20", "copy it again"),
     no_version_folder: ("expected a nuScenes folder", "found no v1.0-* folder", "check the path"),
     two_version_folders: ("found v1.0-mini, v1.0-test", "give one of them, as in"),
-    boxes_not_finite: ("sample_annotation.json, token", "nan", "expected finite metres", "mend or delete"),
+    boxes_not_finite: ("sample_annotation.json, token", "nan", "expected", "mend or delete"),
     images_of_another_size: ("the image is 160x90 pixels, sample_data.json says 1600x900", "mend the table"),
     no_dataset: ("no such folder; expected a nuScenes folder",),
 }
@@ -574,8 +575,8 @@ def test_wrong_usage_is_told_with_a_hint_and_no_traceback(
 def test_a_folder_with_another_run_is_refused_with_the_first_difference(
     command: Command, student: Path, tiny_root: Path
 ):
-    ended = command(*train_args("tiny_bevdet", tiny_root, student, changes=("log.checkpoint_every=2",)))
-    assert told(ended, student, "its log.checkpoint_every is 1, this one's 2", "choose another --out")
+    ended = command(*train_args("tiny_bevdet", tiny_root, student, changes=("optim.clip_norm=2.0",)))
+    assert told(ended, student, "its optim.clip_norm is 10.0, this one's 2.0", "choose another --out")
 
 
 def test_a_run_is_not_begun_again_over_itself(command: Command, student: Path, tiny_root: Path):
@@ -675,7 +676,7 @@ def test_a_damaged_line_of_the_log_is_named(command: Command, student: Path, tin
     assert command(*args).code == 0
 
 
-@pytest.mark.parametrize("file", ["model", "average", "optimizer", "random"])
+@pytest.mark.parametrize("file", ["model", "average", "optimizer"])
 def test_a_damaged_checkpoint_tells_which_folder_to_delete_and_then_the_run_goes_on(
     command: Command, student: Path, tiny_root: Path, file: str
 ):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,11 +64,6 @@ def evaluate_run(run: Path, data: Path, split: str, out: Path) -> Scored | None:
         experiment, detector = load_trained(run, device)
         nuscenes = NuScenes(data)
         tokens = tokens_of(nuscenes, split)
-        parts = out / PARTS_FOLDER
-        if rank == 0:
-            shutil.rmtree(parts, ignore_errors=True)
-            parts.mkdir(parents=True)
-        wait_for_all()
         meta = CAMERA_ONLY if experiment.student is not None else LIDAR_ONLY
         found = detect_batches(
             experiment,
@@ -78,18 +74,35 @@ def evaluate_run(run: Path, data: Path, split: str, out: Path) -> Scored | None:
             world_size=world_size,
             show_progress=rank == 0,
         )
-        # Written down batch by batch: no process ever holds the detections of the whole split.
-        for number, detections in enumerate(found):
-            samples = [nuscenes.sample(token, read_annotations=False) for token in detections]
-            part = parts / f"{number * world_size + rank:08d}.json"
-            write_detections(part, detections, samples, meta)
-        wait_for_all()
-        if rank != 0:
-            return None
-        merge_results(sorted(parts.iterdir()), out / RESULTS_FILE)
-        shutil.rmtree(parts)
+        with shared_parts(out, rank) as parts:
+            # Written down batch by batch: no process ever holds the detections of the whole split.
+            for number, detections in enumerate(found):
+                samples = [nuscenes.sample(token, read_annotations=False) for token in detections]
+                part = parts / f"{number * world_size + rank:08d}.json"
+                write_detections(part, detections, samples, meta)
+            wait_for_all()
+            if rank != 0:
+                return None
+            merge_results(sorted(parts.iterdir()), out / RESULTS_FILE)
         samples = annotated_samples(nuscenes, split)
         return score_results(out / RESULTS_FILE, experiment.evaluation, samples, out)
+
+
+@contextmanager
+def shared_parts(out: Path, rank: int) -> Iterator[Path]:
+    """The folder of all processes' parts of a result; whatever happens, it is gone afterwards."""
+    parts = out / PARTS_FOLDER
+    if rank == 0:
+        shutil.rmtree(parts, ignore_errors=True)
+        parts.mkdir(parents=True)
+    wait_for_all()
+    try:
+        yield parts
+    finally:
+        if rank == 0:
+            shutil.rmtree(parts, ignore_errors=True)
+            with suppress(OSError):  # holds results
+                out.rmdir()
 
 
 def evaluate_file(results: Path, data: Path, split: str, out: Path, overrides: Sequence[str] = ()) -> Scored:

@@ -114,5 +114,5 @@ def test_files_of_other_samples_are_not_compared(root: Path, tmp_path: Path) -> 
     file = results_file(root, tmp_path / "r.json")
     with pytest.raises(DataError, match="are not evaluated"):
         compare_results(file, file, root, "val", tmp_path / "out")
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="no such results file"):
         compare_results(file, tmp_path / "absent.json", root, "all", tmp_path / "out")
