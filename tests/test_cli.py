@@ -320,7 +320,7 @@ def real_root() -> Path:
 def test_every_command_works_on_the_real_frame(command: Command, real_root: Path, tmp_path: Path):
     shown = command("inspect", real_root, "--out", tmp_path / "inspect")
     assert shown.code == 0, shown.err
-    assert len(list((tmp_path / "inspect").iterdir())) == 3
+    assert len(list((tmp_path / "inspect").iterdir())) == 4
 
     everything = ("labelled_splits=[all]",)
     for recipe, run, more in (
