@@ -139,7 +139,7 @@ def main() -> None:
 def table_of(summary: dict[str, list[dict[str, float]]], steps: int) -> str:
     """One line per recipe, means over seeds; of mAP and velocity error each seed as well."""
     lines = [
-        f"{steps} steps each; {len(next(iter(summary.values())))} seeds.",
+        f"{steps} steps each; seeds: {len(next(iter(summary.values())))}.",
         "",
         "| recipe | s per step | peak GB | mAP | by seed | NDS | mAVE m/s | car AVE m/s | by seed |",
         "|---|---|---|---|---|---|---|---|---|",
