@@ -163,7 +163,7 @@ def mask_rectangles(nuscenes: NuScenes, folder: Path) -> Path:
 
 def forward_flops(detector: torch.nn.Module, batch: Batch) -> int:
     """Of convolutions and matrix products, two for each multiplication."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter:  # fails without gradients: it hooks them
         detector(batch)
     return counter.get_total_flops()
 
