@@ -365,8 +365,11 @@ def _print_findings(findings: Iterable[Finding]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table("severity", "what", "count", "examples")
     findings = list(findings)
+    if not findings:
+        typer.echo("nothing wrong was found")
+        return
+    table = Table("severity", "what", "count", "examples")
     for finding in findings:
         table.add_row(*map(escape, (finding.severity, finding.what, str(finding.count), finding.examples)))
     Console().print(table)
