@@ -170,8 +170,8 @@ def watched(batches: Iterator[Batch]) -> Iterator[Batch]:
     batch = reason = None
     try:
         batch = next(batches, None)  # starts the workers, and sets torch's handler
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
+    except (RuntimeError, ConnectionError, EOFError) as error:  # the latter where it died while handing over
+        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
             raise
         reason = f"data worker died before the first batch: {' '.join(str(error).split())}"
     workers = [child for child in multiprocessing.active_children() if child not in others]
@@ -186,7 +186,10 @@ def watched(batches: Iterator[Batch]) -> Iterator[Batch]:
         try:
             batch = next(batches, None)
         except (RuntimeError, OSError, EOFError):  # the last two where it died while handing over
-            multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=1)
+            ended = multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=10)
+            for worker in workers:  # its end is seen before it can be asked how it ended
+                if worker.sentinel in ended:
+                    worker.join(timeout=5)
             reason = cause_of_death(workers)
             if reason is None:
                 raise
