@@ -33,7 +33,8 @@ from distillbev.published import PUBLISHED
 from distillbev.train.checkpoint import save_weights
 from distillbev.train.experiment import Experiment
 from distillbev.train.feed import Feed
-from distillbev.train.loop import autocast, build_detector, build_objective, peak_memory_bytes
+from distillbev.train.loop import autocast, build_detector, build_objective
+from distillbev.train.step_log import peak_memory_bytes
 
 # Counted in the reference implementations, one process, no adapters.
 REFERENCE_PARAMETERS = {

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ("README.md", "docs/experiments.md", "docs/benchmarks.md")
+DOCUMENTS = ("README.md", "docs/experiments.md", "docs/benchmarks.md", "docs/reliability.md")
 SMALL = ("pedestrian", "motorcycle", "bicycle", "traffic_cone", "barrier")
 
 

@@ -40,7 +40,8 @@ from distillbev.train.checkpoint import read_weights, save_weights
 from distillbev.train.distributed import average_gradients
 from distillbev.train.experiment import Experiment, LogConfig, OptimConfig
 from distillbev.train.feed import Feed, require_labels_for_all
-from distillbev.train.loop import StepLog, build_objective, gradient_norms_of
+from distillbev.train.loop import build_objective, gradient_norms_of
+from distillbev.train.step_log import StepLog
 
 TEACHER = CenterPointConfig(
     grid=BevGrid(x_range_m=(-12.8, 12.8), y_range_m=(-12.8, 12.8), cell_m=0.4),

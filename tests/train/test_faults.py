@@ -23,7 +23,8 @@ from distillbev.recipes import RECIPES
 from distillbev.train.checkpoint import save_weights
 from distillbev.train.experiment import Experiment, FaultConfig, LogConfig, OptimConfig
 from distillbev.train.feed import Feed, ForgivingFrames
-from distillbev.train.loop import DetectionObjective, StepLog, parameter_groups, require_bearable, train
+from distillbev.train.loop import DetectionObjective, parameter_groups, require_bearable, train
+from distillbev.train.step_log import StepLog
 
 
 def experiment(root: Path, workers: int = 0, **faults: int) -> Experiment:

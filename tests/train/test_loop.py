@@ -16,12 +16,12 @@ from distillbev.train.checkpoint import Checkpoint, load_weights, read_weights
 from distillbev.train.feed import Feed
 from distillbev.train.inference import load_trained
 from distillbev.train.loop import (
-    StepLog,
     build_detector,
     build_objective,
     require_finite,
     train,
 )
+from distillbev.train.step_log import StepLog
 
 STEPS = 6
 

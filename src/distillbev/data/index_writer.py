@@ -58,8 +58,7 @@ def _written_beside(folder: Path, place: Path, name: str) -> Iterator[None]:
     finally:
         if process is not None:
             process.kill()
-            process.wait()
-            process.stdin.close()  # type: ignore[union-attr]
+            process.communicate()  # closes its input
 
 
 def _write_table(folder: Path, place: Path, name: str) -> None:
