@@ -23,12 +23,13 @@ from .evaluation.metrics import DetectionEvalConfig
 from .grid import BevGrid
 from .models.bev_encoder import BevEncoderConfig, TopDownNeckConfig
 from .models.bevdet import BevDetConfig
-from .models.bevformer import BevFormerConfig, EncoderConfig, ImagePyramidConfig
+from .models.bevformer import BevFormerConfig, EncoderConfig
 from .models.center_head import CenterHeadConfig
 from .models.centerpoint import CenterPointConfig
 from .models.depth_net import ReleaseDepthNetConfig
 from .models.history import HistoryConfig
 from .models.image_encoder import ImageEncoderConfig, PlainCnnConfig, ResNetConfig
+from .models.image_pyramid import ImagePyramidConfig
 from .models.lidar_query_teacher import LidarQueryTeacherConfig, QueryEncoderConfig
 from .models.lift import DepthBins, DepthLossConfig, LiftConfig
 from .models.nms import CircleNms

@@ -21,18 +21,15 @@ from distillbev.models.bevformer import (
     BevFormer,
     BevFormerConfig,
     EncoderConfig,
-    ImagePyramid,
-    ImagePyramidConfig,
     bevformer_base,
     bevformer_small,
     bevformer_tiny,
     first_own_frame,
-    motion_between,
-    planar_motion,
     project_anchors,
-    rotate_map,
 )
 from distillbev.models.image_encoder import PlainCnnConfig, ResNetConfig
+from distillbev.models.image_pyramid import ImagePyramid, ImagePyramidConfig
+from distillbev.models.planar_motion import motion_between, planar_motion, rotate_map
 from distillbev.models.query_head import QueryHeadConfig
 
 GRID = BevGrid(x_range_m=(-16.0, 16.0), y_range_m=(-12.0, 12.0), cell_m=2.0)

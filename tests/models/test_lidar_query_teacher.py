@@ -9,8 +9,9 @@ from distillbev.data.schema import Batch
 from distillbev.distill.distiller import Distiller, inherit_head, released_bevformer
 from distillbev.errors import ConfigError, DataError
 from distillbev.grid import BevGrid
-from distillbev.models.bevformer import BevFormer, BevFormerConfig, EncoderConfig, ImagePyramidConfig
+from distillbev.models.bevformer import BevFormer, BevFormerConfig, EncoderConfig
 from distillbev.models.image_encoder import PlainCnnConfig
+from distillbev.models.image_pyramid import ImagePyramidConfig
 from distillbev.models.lidar_query_teacher import (
     LidarQueryTeacher,
     LidarQueryTeacherConfig,

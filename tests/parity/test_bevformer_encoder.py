@@ -14,16 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from distillbev.grid import BevGrid
-from distillbev.models.bevformer import (
-    BevFormerConfig,
-    BevFormerEncoder,
-    BevHistory,
-    EncoderConfig,
-    ImagePyramidConfig,
-    PlanarMotion,
-    Scene,
-    rotate_map,
-)
+from distillbev.models.bevformer import BevFormerConfig, BevFormerEncoder, EncoderConfig, Scene
+from distillbev.models.image_pyramid import ImagePyramidConfig
+from distillbev.models.planar_motion import BevHistory, PlanarMotion, rotate_map
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "d3_encoder"
 INPUTS, OUTPUTS, GRADIENTS, WEIGHTS = (

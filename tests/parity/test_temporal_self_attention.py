@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distillbev.grid import BevGrid
 from distillbev.models.attention import TemporalSelfAttention, cell_reference
-from distillbev.models.bevformer import planar_motion, rotate_map
+from distillbev.models.planar_motion import planar_motion, rotate_map
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "d1_temporal_self_attention"
 INPUTS, OUTPUTS, GRADIENTS, WEIGHTS = (

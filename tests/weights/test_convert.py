@@ -15,17 +15,13 @@ from distillbev.errors import CheckpointError
 from distillbev.grid import BevGrid
 from distillbev.models.bev_encoder import BevEncoderConfig, LssNeckConfig
 from distillbev.models.bevdet import BevDet, BevDetConfig
-from distillbev.models.bevformer import (
-    BevFormer,
-    BevFormerConfig,
-    EncoderConfig,
-    ImagePyramidConfig,
-)
+from distillbev.models.bevformer import BevFormer, BevFormerConfig, EncoderConfig
 from distillbev.models.center_head import CenterHeadConfig
 from distillbev.models.centerpoint import CenterPoint, CenterPointConfig
 from distillbev.models.depth_net import MegviiDepthNetConfig, ReleaseDepthNetConfig
 from distillbev.models.history import HistoryConfig
 from distillbev.models.image_encoder import MEAN_RGB, STD_RGB, ImageEncoderConfig, ResNetConfig
+from distillbev.models.image_pyramid import ImagePyramidConfig
 from distillbev.models.lidar_query_teacher import (
     LidarQueryTeacher,
     LidarQueryTeacherConfig,

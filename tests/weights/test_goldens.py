@@ -15,13 +15,7 @@ from distillbev.grid import BevGrid
 from distillbev.models.attention import SpatialCrossAttention, TemporalSelfAttention, find_sight
 from distillbev.models.bev_encoder import BevEncoder, BevEncoderConfig, LssNeck, LssNeckConfig
 from distillbev.models.bevdet import BevDet, BevDetConfig
-from distillbev.models.bevformer import (
-    BevFormerConfig,
-    BevFormerEncoder,
-    EncoderConfig,
-    ImagePyramidConfig,
-    PlanarMotion,
-)
+from distillbev.models.bevformer import BevFormerConfig, BevFormerEncoder, EncoderConfig
 from distillbev.models.center_head import CenterHead, CenterHeadConfig
 from distillbev.models.centerpoint import CenterPoint, CenterPointConfig
 from distillbev.models.depth_net import (
@@ -32,6 +26,7 @@ from distillbev.models.depth_net import (
 )
 from distillbev.models.history import FrameFusion, HistoryConfig
 from distillbev.models.image_encoder import ImageEncoderConfig, ResNetConfig
+from distillbev.models.image_pyramid import ImagePyramidConfig
 from distillbev.models.lidar_query_teacher import (
     LidarQueryTeacher,
     LidarQueryTeacherConfig,
@@ -45,6 +40,7 @@ from distillbev.models.pillars import (
     HardPillarsConfig,
     Slots,
 )
+from distillbev.models.planar_motion import PlanarMotion
 from distillbev.models.query_head import QueryHead, QueryHeadConfig
 from distillbev.models.second import SecondConfig, SecondFpnConfig
 from distillbev.models.voxels import SparseVoxelsConfig

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -29,48 +28,13 @@ from .attention import (
     find_sight,
     flatten_maps,
 )
-from .deformable_conv import DeformableConv2d
-from .feature_pyramid import FeaturePyramid
-from .image_encoder import (
-    Bottleneck,
-    PlainCnn,
-    PlainCnnConfig,
-    ResNet,
-    ResNetConfig,
-    TimmBackbone,
-    TimmConfig,
-    load_backbone_weights,
-    normalise_images,
-)
+from .image_encoder import ResNetConfig
+from .image_pyramid import ImagePyramid, ImagePyramidConfig
 from .outputs import BevMap, DetectorOutput, labelled_boxes
+from .planar_motion import NUM_SIGNALS, BevHistory, PlanarMotion, motion_between, rotate_map, standing_still
 from .query_head import QueryHead, QueryHeadConfig
 
-NUM_SIGNALS = 18  # of the motion embedding, as public weights have it
 NEAREST_DEPTH_M = 1e-5
-
-
-class ImagePyramidConfig(Config, frozen=True):
-    """Backbone and feature pyramid.
-
-    `strides` are the levels to give, in image pixels per cell: stages of the backbone, then further halvings.
-    `deformable_stages` (0 to 3) of a ResNet-50 or -101 get modulated deformable 3x3 convolutions.
-    """
-
-    backbone: ResNetConfig | PlainCnnConfig | TimmConfig = ResNetConfig()
-    strides: tuple[int, ...] = (8, 16, 32, 64)
-    deformable_stages: tuple[int, ...] = ()
-    weights: str | None = None
-
-    def __post_init__(self) -> None:
-        if not self.strides or any(b != 2 * a for a, b in zip(self.strides, self.strides[1:], strict=False)):
-            raise ConfigError(f"strides={self.strides}; expected at least one, each twice the one before")
-        if self.deformable_stages:
-            bottlenecks = isinstance(self.backbone, ResNetConfig) and self.backbone.depth >= 50
-            if not bottlenecks or not set(self.deformable_stages) <= {0, 1, 2, 3}:
-                raise ConfigError(
-                    f"deformable_stages={self.deformable_stages} with {self.backbone}; expected stages 0 to 3 of "
-                    "a ResNet of depth 50 or 101"
-                )
 
 
 class EncoderConfig(Config, frozen=True):
@@ -122,85 +86,6 @@ class BevFormerConfig(Config, frozen=True):
                 raise ConfigError(
                     f"channels={self.channels} do not divide among {name}={heads}; choose an even multiple"
                 )
-
-
-@dataclass
-class BevHistory:
-    """What is kept of the frame before: hand it to the next call, nothing is remembered inside the model.
-
-    Attributes:
-        bev: (B, C, Y, X), the "head" map, without gradient.
-        lidar2global: (B, 4, 4) float64, the frame before's.
-        bev_aug: (B, 4, 4), the frame before's.
-        present: (B,) bool; False where a sample is the first of its scene.
-    """
-
-    bev: Tensor
-    lidar2global: Tensor
-    bev_aug: Tensor
-    present: Tensor
-
-
-@dataclass
-class PlanarMotion:
-    """How the car moved since the frame before.
-
-    Attributes:
-        turn_rad: (B,), change of heading, counter-clockwise.
-        forward_m: (B, 2), displacement along the present LiDAR axes x and y.
-        signals: (B, 18) for the motion embedding.
-    """
-
-    turn_rad: Tensor
-    forward_m: Tensor
-    signals: Tensor
-
-
-class ImagePyramid(nn.Module):
-    """Backbone and neck on all cameras at once."""
-
-    def __init__(self, config: ImagePyramidConfig, channels: int) -> None:
-        super().__init__()
-        self.config = config
-        if isinstance(config.backbone, ResNetConfig):
-            self.backbone = ResNet(config.backbone)
-            for stage in config.deformable_stages:
-                make_deformable(getattr(self.backbone, f"layer{stage + 1}"))
-        elif isinstance(config.backbone, PlainCnnConfig):
-            self.backbone = PlainCnn(config.backbone)
-        else:
-            self.backbone = TimmBackbone(config.backbone)
-        strides = list(self.backbone.strides)
-        if config.strides[0] not in strides:
-            raise ConfigError(
-                f"strides={config.strides}; the backbone's stages are at {strides}, start with one"
-            )
-        self.stages = [strides.index(stride) for stride in config.strides if stride in strides]
-        stage_channels = [self.backbone.out_channels[stage] for stage in self.stages]
-        self.neck = FeaturePyramid(stage_channels, channels, levels=len(config.strides))
-        # Convolutions are faster so; keys, shapes and values stay.
-        self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]: its stub lacks it
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """(B, N, 3, H, W), uint8 RGB or normalised floats -> levels (B, N, C, H', W'), fine to coarse."""
-        stages = self.backbone(normalise_images(images.flatten(0, 1)))
-        levels = self.neck([stages[stage] for stage in self.stages])
-        return [level.unflatten(0, images.shape[:2]) for level in levels]
-
-    def load_backbone_weights(self) -> str | None:
-        """Loads `config.weights` into the backbone; says what was loaded, None without a file.
-
-        The file is that of a plain backbone: what moves deformable taps starts at zero.
-        """
-        if self.config.weights is None:
-            return None
-        path = Path(self.config.weights)
-        if not (self.config.deformable_stages and isinstance(self.config.backbone, ResNetConfig)):
-            return load_backbone_weights(self.backbone, path)
-        plain = ResNet(self.config.backbone)
-        report = load_backbone_weights(plain, path)
-        self.backbone.load_state_dict(plain.state_dict(), strict=False)
-        return report
 
 
 class EncoderLayer(nn.Module):
@@ -452,16 +337,6 @@ def first_own_frame(gaps_s: Tensor) -> Tensor:
     return gaps_s.shape[1] - (gaps_s > before).sum(dim=1)
 
 
-def make_deformable(stage: nn.Sequential) -> None:
-    """Puts deformable convolutions in place of the 3x3 ones of a stage of bottlenecks."""
-    for block in stage:
-        assert isinstance(block, Bottleneck), block
-        plain = block.conv2
-        block.add_module(
-            "conv2", DeformableConv2d(plain.in_channels, plain.out_channels, stride=plain.stride[0])
-        )
-
-
 def bevformer_tiny() -> BevFormerConfig:
     """The published tiny model: ResNet-50, its coarsest level, 50x50 cells of 2.048 m, three layers."""
     return BevFormerConfig(
@@ -524,86 +399,3 @@ def project_anchors(
     uv = points[..., :2] / depth.clamp(min=NEAREST_DEPTH_M) / points.new_tensor([width, height])
     inside = ((uv > 0) & (uv < 1)).all(dim=-1)
     return uv, inside & (depth[..., 0] > NEAREST_DEPTH_M)
-
-
-def rotate_map(bev: Tensor, turn_rad: Tensor, centre_xy: tuple[float, float]) -> Tensor:
-    """Turns maps to the heading of a car that has turned by `turn_rad`: the ground turns the other way.
-
-    Nearest cell, zero where nothing was seen; the given maps stay as they are.
-
-    Args:
-        bev: (B, C, Y, X).
-        turn_rad: (B,), counter-clockwise.
-        centre_xy: column and row of the turning point, as real numbers (cell i reaches from i to i + 1).
-    """
-    Y, X = bev.shape[2:]
-    x = torch.arange(X, device=bev.device) + 0.5 - centre_xy[0]
-    y = torch.arange(Y, device=bev.device)[:, None] + 0.5 - centre_xy[1]
-    cos, sin = turn_rad.float().cos()[:, None, None], turn_rad.float().sin()[:, None, None]
-    columns = (cos * x - sin * y + centre_xy[0]).floor().long()  # (B, Y, X)
-    rows = (sin * x + cos * y + centre_xy[1]).floor().long()
-    inside = (columns >= 0) & (columns < X) & (rows >= 0) & (rows < Y)
-    cells = (rows * X + columns).where(inside, 0).flatten(1)
-    turned = bev.flatten(2).gather(2, cells[:, None].expand(-1, bev.shape[1], -1)).unflatten(2, (Y, X))
-    return turned * inside[:, None]
-
-
-def standing_still(batch_size: int, device: torch.device | str = "cpu") -> PlanarMotion:
-    """The motion of samples without a frame before."""
-    return planar_motion(torch.eye(4, device=device).expand(batch_size, -1, -1))
-
-
-def planar_motion(before2now: Tensor) -> PlanarMotion:
-    """(B, 4, 4), LiDAR frame of the frame before -> of now; tilt and height are left to the embedding.
-
-    The embedding's signals stand where public weights have those of the CAN bus, as a car reports them whose
-    heading now is the world's x axis: displacement forward, left and up (m), orientation (the identity's
-    quaternion), nine of the bus left at zero, heading (zero), change of heading (degrees). Neither the place
-    nor the direction in the world is told, for a detector must not learn a city by heart. The change of
-    heading is wrapped to +-180 degrees.
-    """
-    rotation = before2now[:, :3, :3]
-    turn = -torch.atan2(rotation[:, 1, 0], rotation[:, 0, 0])
-    moved = -before2now[:, :3, 3]  # x right, y forward
-    signals = moved.new_zeros(len(moved), NUM_SIGNALS)
-    signals[:, 0], signals[:, 1], signals[:, 2] = moved[:, 1], -moved[:, 0], moved[:, 2]
-    signals[:, 3] = 1.0
-    signals[:, 17] = turn.rad2deg()
-    return PlanarMotion(turn.float(), moved[:, :2].float(), signals.float())
-
-
-def motion_between(history: BevHistory, batch: Batch, grid: BevGrid) -> PlanarMotion:
-    """The car's motion from the history's frame to the batch's, in the batch's augmented LiDAR frame.
-
-    Raises:
-        DataError: other samples, maps of another shape, another augmentation, or a frame out of sight.
-    """
-    if len(history.present) != len(batch) or tuple(history.bev.shape[2:]) != grid.shape:
-        raise DataError(
-            f"the history has {len(history.present)} maps of {tuple(history.bev.shape[2:])} cells, the batch "
-            f"{len(batch)} samples on {grid.shape}; keep the history of this model's frame before"
-        )
-    # In float64: global coordinates are kilometres.
-    now2before = torch.linalg.inv(history.lidar2global.double()) @ batch.lidar2global.double()
-    aug_now, aug_before = (aug.double().to(now2before.device) for aug in (batch.bev_aug, history.bev_aug))
-    before2now = aug_now @ torch.linalg.inv(aug_before @ now2before)
-    present = history.present.to(before2now.device)
-    before2now = torch.where(present[:, None, None], before2now, torch.eye(4).to(before2now))
-    rotation = before2now[:, :3, :3]
-    rigid = (rotation.transpose(1, 2) @ rotation - torch.eye(3).to(rotation)).abs().amax(dim=(1, 2)) < 1e-3
-    if not bool((rigid & (torch.linalg.det(rotation) > 0)).all()):
-        raise DataError(
-            "the history was augmented otherwise than the batch; give both frames the same augmentation"
-        )
-    motion = planar_motion(before2now)
-    (x_low, x_high), (y_low, y_high) = grid.x_range_m, grid.y_range_m
-    reach = motion.forward_m.new_tensor([x_high - x_low, y_high - y_low])
-    far = (motion.forward_m.abs() >= reach).any(dim=1)
-    if bool(far.any()):
-        sample = int(far.nonzero()[0, 0])
-        raise DataError(
-            f"sample {batch.tokens[sample]}: its history lies {float(motion.forward_m[sample].norm()):.0f} m "
-            "away, so no cell of it is still on the map; a history ends with its scene: set present to False"
-        )
-    device = history.bev.device
-    return PlanarMotion(motion.turn_rad.to(device), motion.forward_m.to(device), motion.signals.to(device))

@@ -15,13 +15,14 @@ from ..errors import CheckpointError, ConfigError
 from ..grid import BevGrid
 from ..models.bev_encoder import BevEncoderConfig, LssNeckConfig
 from ..models.bevdet import BevDetConfig
-from ..models.bevformer import BevFormerConfig, EncoderConfig, ImagePyramidConfig
+from ..models.bevformer import BevFormerConfig, EncoderConfig
 from ..models.center_head import CenterHeadConfig
 from ..models.centerpoint import CenterPointConfig
 from ..models.depth_net import DepthNetConfig, MegviiDepthNetConfig, ReleaseDepthNetConfig
 from ..models.detectors import StudentConfig, TeacherConfig, build_student, build_teacher
 from ..models.history import HistoryConfig
 from ..models.image_encoder import RESNET_BLOCKS, ImageEncoderConfig, ResNetConfig
+from ..models.image_pyramid import ImagePyramidConfig
 from ..models.lidar_query_teacher import LidarQueryTeacherConfig, QueryEncoderConfig
 from ..models.lift import DepthBins, LiftConfig
 from ..models.nms import RotatedNms
