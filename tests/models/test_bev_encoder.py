@@ -59,7 +59,7 @@ def test_the_lss_neck_ends_rectified_only_with_the_extra_norm() -> None:
     torch.manual_seed(0)
     stages = [torch.randn(2, 4, 8, 8), torch.randn(2, 8, 2, 2)]
     assert float(LssNeck(LssNeckConfig(out_channels=6), (4, 8))(stages).detach().min()) < 0
-    assert float(LssNeck(LssNeckConfig(out_channels=6, extra_norm_act=True), (4, 8))(stages).min()) == 0
+    assert float(LssNeck(LssNeckConfig(out_channels=6, extra_norm_act=True), (4, 8))(stages).detach().min()) == 0
 
 
 def test_the_lss_neck_does_not_see_the_middle_stage() -> None:
