@@ -5,7 +5,9 @@ import torch
 
 from distillbev.distill.response import ResponseConfig, box_response, heatmap_response, response_terms
 from distillbev.distill.settings import DistillConfig
+from distillbev.distill.teacher import heads_per_second
 from distillbev.errors import ConfigError
+from distillbev.models.outputs import DetectorOutput
 
 WIDTHS = {"reg": 2, "height": 1, "dim": 3, "rot": 2, "vel": 2, "heatmap": 2}
 
@@ -45,6 +47,31 @@ def test_boxes_are_compared_only_where_the_teacher_sees_an_object():
     for task in moved:
         task["reg"][:, :, 2, 3] = teacher[0]["reg"][:, :, 2, 3] + 10.0
     assert box_response(moved, teacher, 0.1)[0] > before[0]
+
+
+def test_a_student_of_displacements_that_moves_as_the_teacher_says_has_no_box_response():
+    teacher = heads(5)
+    gaps_s = torch.tensor([0.5, 1 / 12])
+    student = [{**maps, "vel": maps["vel"] * gaps_s[:, None, None, None]} for maps in teacher]
+    config = ResponseConfig(heatmap=None)
+    assert response_terms(student, teacher, config, gaps_s)["boxes"].tolist() == [0, 0]
+    assert (response_terms(student, teacher, config)["boxes"] > 0).all()
+
+
+def test_a_teacher_of_displacements_is_asked_for_metres_per_second():
+    maps, gaps_s = heads(6), torch.tensor([0.5, 0.25])
+    answer = heads_per_second(DetectorOutput(bev={}, heads=maps, displacement_s=gaps_s))
+    assert torch.equal(answer[1]["vel"][1], 4 * maps[1]["vel"][1])
+    assert torch.equal(answer[0]["reg"], maps[0]["reg"])
+    assert heads_per_second(DetectorOutput(bev={}, heads=maps))[0] is maps[0]
+
+
+def test_velocities_of_no_weight_are_not_imitated():
+    student, teacher = heads(7), heads(8)
+    other = [{**maps, "vel": maps["vel"] + 3.0} for maps in student]
+    without = [box_response(ours, teacher, 0.1, velocity=0.0) for ours in (student, other)]
+    assert torch.equal(*without)
+    assert (box_response(other, teacher, 0.1) > without[0]).all()
 
 
 def test_gradients_pull_the_student_towards_the_teacher_and_leave_the_teacher_alone():

@@ -297,7 +297,8 @@ class Distiller(nn.Module):
             regions = self.regions(boxes, view, step, self._student_heat(output))
             terms |= self.imitation(self.student_maps(output), view.bev, regions, boxes, takes_part, step)
         if self.config.response is not None:
-            responses = response_terms(output.heads, view.heads or [], self.config.response)
+            seconds = getattr(output, "displacement_s", None)
+            responses = response_terms(output.heads, view.heads or [], self.config.response, seconds)
             for name, per_sample in responses.items():
                 terms[f"imitate/response/{name}"] = mean_over(takes_part, per_sample)
 

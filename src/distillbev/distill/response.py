@@ -22,11 +22,16 @@ Heads = Sequence[dict[str, Tensor]]
 
 
 class ResponseConfig(Config, frozen=True):
-    """Weights of the two terms, None to leave one out; boxes count in cells whose teacher score reaches tau."""
+    """Weights of the two terms, None to leave one out; boxes count in cells whose teacher score reaches tau.
+
+    `velocity` weighs velocities among the numbers of a box: 0 for a teacher that sees a single sweep, in which
+    nothing moves.
+    """
 
     heatmap: float | None = 1.0
     boxes: float | None = 0.25
     teacher_threshold: float = 0.1
+    velocity: float = 1.0
 
     def __post_init__(self) -> None:
         if self.heatmap is None and self.boxes is None:
@@ -37,6 +42,8 @@ class ResponseConfig(Config, frozen=True):
             weight = getattr(self, name)
             if weight is not None and weight <= 0:
                 raise ConfigError(f"response.{name}={weight}; choose a positive weight, or None for none")
+        if self.velocity < 0:
+            raise ConfigError(f"response.velocity={self.velocity}; choose a weight of 0 or more")
 
     @property
     def weights(self) -> dict[str, float]:
@@ -45,8 +52,14 @@ class ResponseConfig(Config, frozen=True):
         return {name: weight for name, weight in weights.items() if weight is not None}
 
 
-def response_terms(student: Heads, teacher: Heads, config: ResponseConfig) -> dict[str, Tensor]:
+def response_terms(
+    student: Heads, teacher: Heads, config: ResponseConfig, displacement_s: Tensor | None = None
+) -> dict[str, Tensor]:
     """Unweighted terms of a batch, each (B,).
+
+    Args:
+        student, teacher: their head maps; the teacher's velocities in m/s.
+        displacement_s: (B,) seconds over which the student's velocities are displacements; None where m/s.
 
     Raises:
         ConfigError: the heads differ in tasks, classes or grid.
@@ -60,7 +73,9 @@ def response_terms(student: Heads, teacher: Heads, config: ResponseConfig) -> di
     if config.heatmap is not None:
         terms["heatmap"] = heatmap_response(student_heat, scores)
     if config.boxes is not None:
-        terms["boxes"] = box_response(student, teacher, config.teacher_threshold)
+        if displacement_s is not None:
+            teacher = scale_velocity_maps(teacher, displacement_s)
+        terms["boxes"] = box_response(student, teacher, config.teacher_threshold, config.velocity)
     return terms
 
 
@@ -76,16 +91,22 @@ def heatmap_response(student_logits: Tensor, teacher_scores: Tensor) -> Tensor:
     return (gap * entropy).sum(dim=(1, 2, 3)) / mass
 
 
-def box_response(student: Heads, teacher: Heads, threshold: float) -> Tensor:
+def box_response(student: Heads, teacher: Heads, threshold: float, velocity: float = 1.0) -> Tensor:
     """Mean absolute difference of the box numbers, each cell weighed by the teacher's score. (B,)."""
     distance, weight = [], []
     for ours, theirs in zip(student, teacher, strict=True):
         score = theirs["heatmap"].float().sigmoid().amax(dim=1)  # (B, Y, X)
         seen = score * (score > threshold)
-        gap = sum((ours[name].float() - theirs[name].float()).abs().sum(dim=1) for name in BOX_MAPS)
-        distance.append((gap * seen).sum(dim=(1, 2)))
+        gaps = {name: (ours[name].float() - theirs[name].float()).abs().sum(dim=1) for name in BOX_MAPS}
+        gaps["vel"] = velocity * gaps["vel"]
+        distance.append((sum(gaps.values()) * seen).sum(dim=(1, 2)))
         weight.append(seen.sum(dim=(1, 2)))
     return torch.stack(distance).sum(dim=0) / torch.stack(weight).sum(dim=0).clamp(min=1)
+
+
+def scale_velocity_maps(heads: Heads, factors: Tensor) -> list[dict[str, Tensor]]:
+    """Head maps with each sample's velocities times its (B,) factor: m/s times a gap are displacements."""
+    return [{**maps, "vel": maps["vel"] * factors.to(maps["vel"])[:, None, None, None]} for maps in heads]
 
 
 def require_same_heads(student: Heads, teacher: Heads) -> None:

@@ -16,6 +16,7 @@ from ..data.schema import Batch
 from ..errors import ConfigError
 from ..models.outputs import BevMap, QueryPredictions
 from .masks import class_heat
+from .response import scale_velocity_maps
 
 FetchMaps = Callable[[Any], Mapping[str, BevMap]]
 ValueT = TypeVar("ValueT")
@@ -58,7 +59,10 @@ def take_from_batch(batch: Batch, indices: list[int]) -> Batch:
 
 @dataclass
 class TeacherView:
-    """What the teacher says about a batch: maps, the highest class score of each cell, detections, head maps."""
+    """What the teacher says about a batch: maps, the highest class score of each cell, detections, head maps.
+
+    Velocities in head maps are m/s, whatever the teacher's own are.
+    """
 
     bev: dict[str, BevMap]
     heat: Tensor | None = None  # (B, 1, Y, X) in [0, 1]
@@ -170,7 +174,7 @@ class HeldTeacher:
                 "a tap asks for false positives from the teacher's heat map, but its head has none; "
                 'choose source="boxes", or leave false_positive out'
             )
-        heads = list(output.heads) if self.with_heads else None
+        heads = heads_per_second(output) if self.with_heads else None
         if not detections:
             return TeacherView(bev, heat, heads=heads)
         decode = getattr(self.module, "decode", None)
@@ -180,6 +184,12 @@ class HeldTeacher:
                 "decode(output); give one that returns a Boxes3D per sample, or label the frames"
             )
         return TeacherView(bev, heat, decode(output), heads)
+
+
+def heads_per_second(output: Any) -> list[dict[str, Tensor]]:
+    """The head maps of a detector's output, velocities in m/s."""
+    seconds = getattr(output, "displacement_s", None)
+    return list(output.heads) if seconds is None else scale_velocity_maps(output.heads, 1 / seconds)
 
 
 def named_map(maps: Mapping[str, BevMap], name: str, whose: str) -> BevMap:
