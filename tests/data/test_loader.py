@@ -55,6 +55,7 @@ def test_a_batch_has_the_shapes_it_promises(tiny: NuScenes):
     assert batch.cam2img.dtype == batch.bev_aug.dtype == torch.float32
     assert (batch.bev_aug.shape, batch.lidar2global.shape) == ((2, 4, 4), (2, 4, 4))
     assert batch.lidar2global.dtype == torch.float64
+    assert batch.lidar2ego is not None and batch.lidar2ego.shape == (2, 4, 4)
     assert [points.shape[1] for points in batch.points] == [5, 5]
     assert batch.boxes[0] is not None
     assert batch.boxes[1] is None  # "val" was given as unlabelled

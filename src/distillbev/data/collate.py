@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 from torch.utils.data import default_collate
 
 from ..errors import DataError
@@ -45,6 +46,7 @@ def collate(pieces: Sequence[Batch]) -> Batch:
         past=_collate_past(pieces),
         scenes=_joined([piece.scenes for piece in pieces]),
         timestamps_us=_joined([piece.timestamps_us for piece in pieces]),
+        lidar2ego=_stacked([piece.lidar2ego for piece in pieces]),
     )
 
 
@@ -60,6 +62,12 @@ def _collate_past(pieces: Sequence[Batch]) -> PastFrames | None:
         return None
     frames = [collate(list(frames)) for frames in zip(*(past.frames for past in pasts), strict=True)]
     return PastFrames(frames, torch.cat([past.gaps_s for past in pasts]))
+
+
+def _stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    """One tensor, or None if one of them is absent."""
+    known = [tensor for tensor in tensors if tensor is not None]
+    return torch.cat(known) if len(known) == len(tensors) else None
 
 
 def _joined(lists: Sequence[list[T] | None]) -> list[T] | None:

@@ -148,6 +148,7 @@ class FrameDataset(Dataset[Batch]):
             boxes=[None],
             scenes=[sample.scene],
             timestamps_us=[sample.timestamp_us],
+            lidar2ego=torch.from_numpy(sample.lidar2ego)[None],
         )
 
     def _past(

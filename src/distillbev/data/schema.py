@@ -100,6 +100,7 @@ class Batch:
         past: earlier key frames of the same scenes, if they were asked for.
         scenes: name of each sample's scene; None if unknown.
         timestamps_us: of each sample (microseconds); None if unknown.
+        lidar2ego: (B, 4, 4) float64, physical LiDAR frame -> ego frame at the LiDAR's time; None if unknown.
     """
 
     tokens: list[str]
@@ -114,6 +115,7 @@ class Batch:
     past: PastFrames | None = None
     scenes: list[str] | None = None
     timestamps_us: list[int] | None = None
+    lidar2ego: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
