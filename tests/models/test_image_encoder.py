@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from safetensors.torch import save_file
 from torch import nn
 
-from distillbev.errors import CheckpointError, ConfigError
+from distillbev.errors import CheckpointError, ConfigError, DataError
 from distillbev.models.image_encoder import (
     FpnNeck,
     ImageEncoder,
@@ -22,6 +22,7 @@ from distillbev.models.image_encoder import (
     load_backbone_weights,
     normalise_images,
 )
+from distillbev.models.second import SecondFpn, SecondFpnConfig
 
 SMALL = ResNetConfig(depth=18, base_width=4)
 
@@ -230,3 +231,19 @@ def test_maps_of_timm_come_channels_first_whatever_its_model_does() -> None:
 def test_a_timm_model_that_takes_no_image_size_says_so() -> None:
     with pytest.raises(ConfigError, match=r"cannot build .swin_tiny. as a backbone: .*img_size"):
         TimmBackbone(TimmConfig(name="swin_tiny", image_size_px=(704, 256)))
+
+
+def test_stages_side_by_side_have_the_stride_and_the_channels_that_the_encoder_says() -> None:
+    neck = SecondFpnConfig(channels=(2, 3, 4, 5), upsample=(0.25, 0.5, 1, 2))
+    config = ImageEncoderConfig(backbone=SMALL, out_channels=14, neck=neck)
+    encoder = ImageEncoder(config)
+    assert isinstance(encoder.neck, SecondFpn)
+    assert encoder(torch.randn(1, 2, 3, 64, 96)).shape == (1, 2, 14, 4, 6)
+    with pytest.raises(DataError, match="images of 96x48 pixels; this neck expects multiples of 32"):
+        encoder(torch.randn(1, 2, 3, 48, 96))
+    coarse = replace(config, out_channels=9, neck=SecondFpnConfig(channels=(4, 5), upsample=(1, 2)))
+    assert ImageEncoder(coarse)(torch.randn(1, 1, 3, 64, 96)).shape == (1, 1, 9, 4, 6)
+    with pytest.raises(ConfigError, match="brings the stages to stride 16; found output_stride=8"):
+        ImageEncoder(replace(config, output_stride=8))
+    with pytest.raises(ConfigError, match="which makes 14; found out_channels=512"):
+        ImageEncoderConfig(neck=neck)

@@ -1,13 +1,15 @@
 """From the lifted map to the map that enters the head: residual stages, and a neck that joins them.
 
-Source: BEVDet (arXiv:2112.11790), section 3.2; the top-down neck is a feature pyramid's (arXiv:1612.03144).
+Source: BEVDet (arXiv:2112.11790), section 3.2; the top-down neck is a feature pyramid's (arXiv:1612.03144),
+the one of all stages side by side SECOND's (see second.py).
 Letters: B batch, C channels, Y X rows and columns.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from itertools import accumulate
+from operator import mul
 from typing import Literal
 
 import torch
@@ -16,6 +18,8 @@ from torch.nn import functional
 
 from ..config import Config
 from ..errors import ConfigError
+from .image_encoder import BasicBlock
+from .second import SecondFpn, SecondFpnConfig, joined_stride
 
 
 class BevEncoderConfig(Config, frozen=True):
@@ -26,16 +30,32 @@ class BevEncoderConfig(Config, frozen=True):
     strides: tuple[int, ...] = (2, 2, 2)
 
     def __post_init__(self) -> None:
-        if not self.channels or not len(self.channels) == len(self.blocks) == len(self.strides):
-            raise ConfigError(
-                f"channels={self.channels}, blocks={self.blocks}, strides={self.strides}; "
-                "expected one entry per stage in each"
-            )
-        if min(self.channels + self.blocks + self.strides) < 1:
-            raise ConfigError(
-                f"channels={self.channels}, blocks={self.blocks}, strides={self.strides}; "
-                "expected whole numbers of 1 or more"
-            )
+        _check_stages(self.channels, self.blocks, self.strides)
+
+    @property
+    def stage_strides(self) -> tuple[int, ...]:
+        """Of every map that the encoder gives, against the one before; of the first, against its input."""
+        return self.strides
+
+
+class BevResNetConfig(Config, frozen=True):
+    """A ResNet of basic blocks whose first stage is a 7x7 convolution instead of a stem with pooling.
+
+    The map that enters is passed on as the first of the stages. `strides[0]` is that of the 7x7 convolution,
+    the blocks behind it keep the size. Source: BEVDepth (arXiv:2206.10092) as Megvii published it.
+    """
+
+    channels: tuple[int, ...] = (160, 320, 640)
+    blocks: tuple[int, ...] = (2, 2, 2)
+    strides: tuple[int, ...] = (2, 2, 2)
+
+    def __post_init__(self) -> None:
+        _check_stages(self.channels, self.blocks, self.strides)
+
+    @property
+    def stage_strides(self) -> tuple[int, ...]:
+        """Of every map that the encoder gives, against the one before; of the first, against its input."""
+        return (1, *self.strides)
 
 
 class LssNeckConfig(Config, frozen=True):
@@ -104,6 +124,45 @@ class BevEncoder(nn.Module):
         return stages
 
 
+class BevResNet(nn.Module):
+    """The 7x7 convolution and the residual stages; their keys but `layers` are those of a public ResNet."""
+
+    def __init__(self, config: BevResNetConfig, in_channels: int) -> None:
+        super().__init__()
+        self.out_channels = (in_channels, *config.channels)
+        channels = config.channels[0]
+        self.conv1 = nn.Conv2d(in_channels, channels, 7, stride=config.strides[0], padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        layers = []
+        for index, (planes, blocks) in enumerate(zip(config.channels, config.blocks, strict=True)):
+            opening = BasicBlock(channels, planes, config.strides[index] if index else 1)
+            layers.append(nn.Sequential(opening, *(BasicBlock(planes, planes, 1) for _ in range(blocks - 1))))
+            channels = planes
+        self.layers = nn.ModuleList(layers)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, bev: Tensor) -> list[Tensor]:
+        """(B, C, Y, X) -> that map and one per stage, fine to coarse."""
+        stages = [bev]
+        bev = functional.relu(self.bn1(self.conv1(bev)), inplace=True)
+        for layer in self.layers:
+            bev = layer(bev)
+            stages.append(bev)
+        return stages
+
+
+AnyBevEncoderConfig = BevEncoderConfig | BevResNetConfig
+
+
+def build_bev_encoder(config: AnyBevEncoderConfig, in_channels: int) -> BevEncoder | BevResNet:
+    """The encoder that a configuration describes."""
+    if isinstance(config, BevResNetConfig):
+        return BevResNet(config, in_channels)
+    return BevEncoder(config, in_channels)
+
+
 class LssNeck(nn.Module):
     """BEVDet's neck: first and last stage, concatenated (those between are not used)."""
 
@@ -168,25 +227,36 @@ class TopDownNeck(nn.Module):
         return self.smooth(total)
 
 
-BevNeckConfig = LssNeckConfig | TopDownNeckConfig
+BevNeckConfig = LssNeckConfig | TopDownNeckConfig | SecondFpnConfig
 
 
-def build_bev_neck(config: BevNeckConfig, in_channels: Sequence[int]) -> LssNeck | TopDownNeck:
+def build_bev_neck(config: BevNeckConfig, in_channels: Sequence[int]) -> LssNeck | TopDownNeck | SecondFpn:
     """The neck that a configuration describes, for stages of these channels."""
     if isinstance(config, LssNeckConfig):
         return LssNeck(config, in_channels)
+    if isinstance(config, SecondFpnConfig):
+        return SecondFpn(config, in_channels)
     return TopDownNeck(in_channels, config.out_channels, config.upsample)
 
 
-def neck_reduction(encoder: BevEncoderConfig, neck: BevNeckConfig) -> float:
-    """How much longer the cells of the neck's map are than those of the encoder's input."""
-    first = encoder.strides[0]
+def neck_reduction(encoder: AnyBevEncoderConfig, neck: BevNeckConfig) -> float:
+    """How much longer the cells of the neck's map are than those of the encoder's input.
+
+    Raises:
+        ConfigError: the neck does not bring these stages to one size.
+    """
+    if isinstance(neck, SecondFpnConfig):
+        return joined_stride(list(accumulate(encoder.stage_strides, mul)), neck)
+    first = encoder.stage_strides[0]
     return first / (neck.extra_upsample or 1) if isinstance(neck, LssNeckConfig) else float(first)
 
 
-def total_stride(encoder: BevEncoderConfig) -> int:
-    """How much longer the last stage's cells are than the input's."""
-    return math.prod(encoder.strides)
+def _check_stages(channels: tuple[int, ...], blocks: tuple[int, ...], strides: tuple[int, ...]) -> None:
+    found = f"channels={channels}, blocks={blocks}, strides={strides}"
+    if not channels or not len(channels) == len(blocks) == len(strides):
+        raise ConfigError(f"{found}; expected one entry per stage in each")
+    if min(channels + blocks + strides) < 1:
+        raise ConfigError(f"{found}; expected whole numbers of 1 or more")
 
 
 def _conv_bn_relu(in_channels: int, out_channels: int) -> list[nn.Module]:

@@ -20,10 +20,11 @@ from ..data.schema import Batch
 from ..errors import ConfigError, DataError
 from ..grid import BevGrid
 from .bev_encoder import (
-    BevEncoder,
+    AnyBevEncoderConfig,
     BevEncoderConfig,
     BevNeckConfig,
     LssNeckConfig,
+    build_bev_encoder,
     build_bev_neck,
     neck_reduction,
 )
@@ -46,12 +47,12 @@ class BevDetConfig(Config, frozen=True):
     lift: LiftConfig = LiftConfig()
     depth_loss: DepthLossConfig | None = None
     history: HistoryConfig | None = None
-    bev_encoder: BevEncoderConfig = BevEncoderConfig()
+    bev_encoder: AnyBevEncoderConfig = BevEncoderConfig()
     bev_neck: BevNeckConfig = LssNeckConfig()
     head: CenterHeadConfig = CenterHeadConfig()
 
     def __post_init__(self) -> None:
-        for grid in self.stage_grids:
+        for grid in (*self.stage_grids, self.head_grid):
             _ = grid.shape
 
     @property
@@ -59,7 +60,7 @@ class BevDetConfig(Config, frozen=True):
         """The grid of each stage of the BEV encoder, fine to coarse."""
         grids = []
         grid = self.grid
-        for stride in self.bev_encoder.strides:
+        for stride in self.bev_encoder.stage_strides:
             try:
                 grid = grid.coarser(stride)
             except ConfigError as error:
@@ -88,7 +89,7 @@ class BevDet(nn.Module):
         self.fusion = None
         if config.history is not None:
             self.fusion = FrameFusion(config.history, self.lift.out_channels, config.grid)
-        self.bev_encoder = BevEncoder(config.bev_encoder, self.lifted_channels)
+        self.bev_encoder = build_bev_encoder(config.bev_encoder, self.lifted_channels)
         self.bev_neck = build_bev_neck(config.bev_neck, self.bev_encoder.out_channels)
         self.head = CenterHead(config.head, self.bev_neck.out_channels, config.head_grid)
         # Convolutions are faster so, in bfloat16 by a seventh; keys, shapes and values stay.

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..config import Config
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, DataError
 from .recompute import run_block
+from .second import SecondFpn, SecondFpnConfig, joined_stride
 
 # ImageNet's, RGB in 0-255: what every public backbone was trained with.
 MEAN_RGB = (123.675, 116.28, 103.53)
@@ -84,13 +85,22 @@ class ImageEncoderConfig(Config, frozen=True):
     """Backbone and neck.
 
     `output_stride` is how many image pixels a feature cell spans; the neck joins that stage and all coarser
-    ones. `weights` is a file with the backbone's weights, read by `ImageEncoder.load_backbone_weights`.
+    ones. With `neck` the last stages stand side by side at that stride instead, as Megvii's BEVDepth has them.
+    `weights` is a file with the backbone's weights, read by `ImageEncoder.load_backbone_weights`.
     """
 
     backbone: ResNetConfig | PlainCnnConfig | TimmConfig = ResNetConfig()
     out_channels: int = 512
     output_stride: int = 16
+    neck: SecondFpnConfig | None = None
     weights: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.neck is not None and sum(self.neck.channels) != self.out_channels:
+            raise ConfigError(
+                f"neck.channels={self.neck.channels} stand side by side, which makes {sum(self.neck.channels)}; "
+                f"found out_channels={self.out_channels}, set it so"
+            )
 
 
 class ResNet(nn.Module):
@@ -292,11 +302,31 @@ class ImageEncoder(nn.Module):
             raise ConfigError(
                 f"output_stride={config.output_stride} is no stride of the backbone; choose one of {strides}"
             )
-        self.first_level = strides.index(config.output_stride)
-        self.neck = FpnNeck(self.backbone.out_channels[self.first_level :], config.out_channels)
+        if config.neck is None:
+            self.first_level = strides.index(config.output_stride)
+            self.neck = FpnNeck(self.backbone.out_channels[self.first_level :], config.out_channels)
+        else:
+            self.first_level = max(len(strides) - len(config.neck.channels), 0)
+            joined = joined_stride(strides[self.first_level :], config.neck)
+            if joined != config.output_stride:
+                raise ConfigError(
+                    f"neck.upsample={config.neck.upsample} brings the stages to stride {joined:g}; "
+                    f"found output_stride={config.output_stride}, set it so"
+                )
+            self.neck = SecondFpn(config.neck, self.backbone.out_channels[self.first_level :])
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, N, 3, H, W), uint8 RGB or normalised floats -> (B, N, C, H / stride, W / stride)."""
+        """(B, N, 3, H, W), uint8 RGB or normalised floats -> (B, N, C, H / stride, W / stride).
+
+        Raises:
+            DataError: a `SecondFpn` cannot bring images of this size to one map.
+        """
+        coarsest = self.backbone.strides[-1]
+        if isinstance(self.neck, SecondFpn) and any(size % coarsest for size in images.shape[-2:]):
+            raise DataError(
+                f"images of {images.shape[-1]}x{images.shape[-2]} pixels; this neck expects multiples of "
+                f"{coarsest}, so set data.image_size_px"
+            )
         pixels = normalise_images(images.flatten(0, 1))  # (B*N, 3, H, W)
         stages = self.backbone(pixels)
         return self.neck(stages[self.first_level :]).unflatten(0, images.shape[:2])

@@ -57,6 +57,26 @@ class SecondFpnConfig(Config, frozen=True):
                 raise ConfigError(f"upsample={self.upsample}; {factor} is neither whole nor one over a whole")
 
 
+def joined_stride(strides: Sequence[float], neck: SecondFpnConfig) -> float:
+    """The stride that a neck brings stages of these strides to, all against one input.
+
+    Raises:
+        ConfigError: it expects another number of stages, or brings them to several sizes.
+    """
+    if len(neck.upsample) != len(strides):
+        raise ConfigError(
+            f"upsample={neck.upsample} for {len(strides)} stages of strides {tuple(strides)}; "
+            "give one factor per stage"
+        )
+    joined = [round(stride / factor, 6) for stride, factor in zip(strides, neck.upsample, strict=True)]
+    if len(set(joined)) > 1:
+        raise ConfigError(
+            f"upsample={neck.upsample} brings stages of strides {tuple(strides)} to strides {tuple(joined)}; "
+            "choose factors that bring all to one"
+        )
+    return joined[0]
+
+
 class Second(nn.Module):
     """The trunk: a list of maps, fine to coarse."""
 
