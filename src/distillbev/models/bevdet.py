@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +30,7 @@ from .bev_encoder import (
     build_bev_neck,
     neck_reduction,
 )
+from .bev_frame import in_ego_frame, move_boxes
 from .center_head import CenterHead, CenterHeadConfig
 from .history import FrameFusion, HistoryConfig, PastMap, PastStream, scale_velocities
 from .image_encoder import ImageEncoder, ImageEncoderConfig
@@ -38,11 +41,14 @@ from .outputs import BevMap, DetectorOutput, labelled_boxes
 class BevDetConfig(Config, frozen=True):
     """The whole detector; the defaults are the published one with ResNet-50.
 
-    `grid` is that of the lift. `depth_loss` needs LiDAR points in training (the term "depth"), never later.
+    `grid` is that of the lift. `frame` is where maps lie, and the head's boxes with them; outside of the
+    detector boxes are in the LiDAR frame all the same.
+    `depth_loss` needs LiDAR points in training (the term "depth"), never later.
     `history` needs earlier key frames with every batch (the data's `past`), or a `BevDetStream`.
     """
 
     grid: BevGrid = BevGrid()
+    frame: Literal["lidar", "ego"] = "lidar"
     image_encoder: ImageEncoderConfig = ImageEncoderConfig()
     lift: LiftConfig = LiftConfig()
     depth_loss: DepthLossConfig | None = None
@@ -107,11 +113,18 @@ class BevDet(nn.Module):
         return {"lifted": self.lifted_channels, **stages, "head": self.bev_neck.out_channels}
 
     def forward(self, batch: Batch) -> DetectorOutput:
-        """Reads images and camera matrices only, and with a history the batch's earlier frames.
+        """Reads images and matrices only, and with a history the batch's earlier frames.
 
         Raises:
             DataError: the batch has no images, or fewer earlier frames than the history joins.
         """
+        if self.config.frame == "lidar":
+            return self.detect_in(batch)
+        described, lidar2ego = in_ego_frame(batch)
+        return replace(self.detect_in(described), lidar2bev=lidar2ego)
+
+    def detect_in(self, batch: Batch) -> DetectorOutput:
+        """The output for a batch whose LiDAR frame stands for the frame of the maps."""
         lifted, depth_logits = self.see(batch)
         if self.fusion is None:
             return self.detect(lifted, depth_logits)
@@ -124,16 +137,23 @@ class BevDet(nn.Module):
         # After the present frame, never before: autocast would keep the weights cast without gradient for it.
         through = self.fusion.config.train_through_past
         with nullcontext() if through else torch.no_grad():
-            maps = [self.past_map(self.see(frame)[0], frame) for frame in past.frames[:num_frames]]
+            maps = [
+                self.past_map(self.see(frame, self.fusion.cameras(frame, batch))[0], frame)
+                for frame in past.frames[:num_frames]
+            ]
         return self.detect_with_past(lifted, depth_logits, batch, maps, past.gaps_s)
 
-    def see(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """One frame on its own: (B, C, Y, X), refined where there is a history, and its depth logits."""
+    def see(self, batch: Batch, cam2bev: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """One frame on its own: (B, C, Y, X), refined where there is a history, and its depth logits.
+
+        `cam2bev` (B, N, 4, 4) puts its rays elsewhere than `batch.cam2lidar` does.
+        """
         if batch.images is None:
             raise DataError("this batch has no images, and BEVDet sees nothing else; load images")
         features = self.image_encoder(batch.images)  # (B, N, C, H, W)
         numbers = None if self.lift.depth_net is None else self.lift.depth_net.camera_numbers(batch)
-        lifted, depth_logits = self.lift(features, batch.cam2img, batch.cam2lidar, numbers)
+        cam2bev = batch.cam2lidar if cam2bev is None else cam2bev
+        lifted, depth_logits = self.lift(features, batch.cam2img, cam2bev, numbers)
         return (lifted if self.fusion is None else self.fusion.refine(lifted)), depth_logits
 
     @staticmethod
@@ -173,6 +193,8 @@ class BevDet(nn.Module):
             DataError: a sample has no labels, or the depth loss has no points.
         """
         boxes = labelled_boxes(batch)
+        if output.lidar2bev is not None:
+            boxes = move_boxes(boxes, output.lidar2bev)
         if output.displacement_s is not None:
             boxes = scale_velocities(boxes, output.displacement_s)
         terms = self.head.loss(output.heads, self.head.targets(boxes))
@@ -208,6 +230,8 @@ class BevDet(nn.Module):
         boxes = self.head.decode(output.heads)
         if output.displacement_s is not None:
             boxes = scale_velocities(boxes, 1 / output.displacement_s)
+        if output.lidar2bev is not None:
+            boxes = move_boxes(boxes, torch.linalg.inv(output.lidar2bev))
         return boxes
 
 
@@ -225,6 +249,11 @@ class BevDetStream:
     def __init__(self, detector: BevDet, step: int = 1) -> None:
         if detector.fusion is None:
             raise ConfigError("this BevDet has no history, so there is nothing to remember; call it directly")
+        if detector.fusion.config.align == "rays":
+            raise ConfigError(
+                "this BevDet puts the rays of earlier images on the present ground, and a stream keeps maps; give "
+                'batches with their past, or set history.align="map"'
+            )
         self.detector = detector
         self.past = PastStream(detector.fusion.config.num_frames, step)
 
@@ -235,9 +264,12 @@ class BevDetStream:
         Raises:
             DataError: the batch lacks images, scenes or times, or does not follow the frame before.
         """
+        lidar2bev = None
+        if self.detector.config.frame == "ego":
+            batch, lidar2bev = in_ego_frame(batch)
         refined, depth_logits = self.detector.see(batch)
         present = self.detector.past_map(refined, batch)
         past, gaps_s = self.past.recall(present, batch)
         output = self.detector.detect_with_past(refined, depth_logits, batch, past, gaps_s)
         self.past.remember(present, batch)
-        return output
+        return replace(output, lidar2bev=lidar2bev)

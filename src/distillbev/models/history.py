@@ -27,7 +27,10 @@ from .bev_encoder import ResidualBlock
 class HistoryConfig(Config, frozen=True):
     """How a student looks back; which frames it sees is told by the data's `past` settings.
 
-    `blocks`: residual blocks that every frame's map passes before it is moved and joined.
+    `blocks`: residual blocks that every frame's map passes before it is moved and joined; 0 for none.
+    `align`: an earlier frame's finished "map" is moved to where the car is now, or its "rays" are put on the
+    present ground in the first place, as Megvii's BEVDepth has it. Rays blur nothing, but earlier images must
+    be at hand, so that a stream, which keeps maps, cannot have it.
     `train_through_past`: let gradients flow into earlier frames; they then cost as much as the present one.
     `velocity`: what the head's velocity maps hold. A "displacement" (m over the gap to the newest earlier
     frame) is what two maps show; outside of the model velocities are m/s in any case.
@@ -38,15 +41,16 @@ class HistoryConfig(Config, frozen=True):
     num_frames: int = 1
     blocks: int = 2
     train_through_past: bool = False
+    align: Literal["map", "rays"] = "map"
     velocity: Literal["displacement", "per_second"] = "displacement"
     gap_at_start_s: float = 1 / 12
     lower_corners: bool = False
 
     def __post_init__(self) -> None:
-        if self.num_frames < 1 or self.blocks < 1:
+        if self.num_frames < 1 or self.blocks < 0:
             raise ConfigError(
-                f"num_frames={self.num_frames}, blocks={self.blocks}; expected 1 or more of both "
-                "(history=None for a student that does not look back)"
+                f"num_frames={self.num_frames}, blocks={self.blocks}; expected 1 frame or more "
+                "(history=None for a student that does not look back) and 0 blocks or more"
             )
         if not 0 < self.gap_at_start_s < math.inf:
             raise ConfigError(f"gap_at_start_s={self.gap_at_start_s}; expected a positive number of seconds")
@@ -57,7 +61,7 @@ class PastMap:
     """What is kept of an earlier frame: its map, and where the car was.
 
     Attributes:
-        bev: (B, C, Y, X), not yet moved.
+        bev: (B, C, Y, X), not yet moved if `HistoryConfig.align` is "map".
         lidar2global: (B, 4, 4) float64, physical LiDAR frame of that time -> global.
         bev_aug: (B, 4, 4), as the map's.
     """
@@ -83,8 +87,17 @@ class FrameFusion(nn.Module):
         """(B, C, Y, X) -> the same: what a frame's map goes through at its own time."""
         return self.blocks(lifted)
 
+    def cameras(self, past: Batch, present: Batch) -> Tensor:
+        """(B, N, 4, 4) an earlier frame's cameras -> LiDAR frame that its map is made in, augmented."""
+        if self.config.align == "map":
+            return past.cam2lidar
+        past2now = torch.linalg.inv(motion_to_past(past, present).double())  # autocast leaves float64 alone
+        return (past2now[:, None] @ past.cam2lidar.double()).float()
+
     def join(self, present: Tensor, past: Sequence[PastMap], batch: Batch) -> Tensor:
         """The present map and, behind it, the earlier ones from new to old: (B, (1 + F) * C, Y, X)."""
+        if self.config.align == "rays":
+            return torch.cat([present, *(frame.bev for frame in past)], dim=1)
         moved = [
             warp_map(frame.bev, motion_to_past(frame, batch), self.grid, self.config.lower_corners)
             for frame in past
@@ -96,7 +109,7 @@ class FrameFusion(nn.Module):
         return torch.where(gaps_s[:, 0] > 0, gaps_s[:, 0], self.config.gap_at_start_s)
 
 
-def motion_to_past(past: PastMap, batch: Batch) -> Tensor:
+def motion_to_past(past: PastMap | Batch, batch: Batch) -> Tensor:
     """(B, 4, 4) float32: present -> earlier LiDAR frame, both augmented."""
     device = batch.bev_aug.device
     # In float64: global coordinates are kilometres.

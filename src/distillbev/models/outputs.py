@@ -50,6 +50,7 @@ class DetectorOutput:
         depth_logits: (B, N, D, H, W) of students that predict depth, else None.
         queries: of detectors with a query head, else None; their `heads` is empty.
         displacement_s: (B,) seconds over which the "vel" maps are displacements; None where they are m/s.
+        lidar2bev: (B, 4, 4) LiDAR frame -> frame of all maps, both augmented; None where it is the LiDAR frame.
     """
 
     bev: dict[str, BevMap]
@@ -57,6 +58,7 @@ class DetectorOutput:
     depth_logits: Tensor | None = None
     queries: QueryPredictions | None = None
     displacement_s: Tensor | None = None
+    lidar2bev: Tensor | None = None
 
 
 class Detector(Protocol):

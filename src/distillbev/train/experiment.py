@@ -130,6 +130,11 @@ class Experiment(Config, frozen=True):
             raise ConfigError(
                 f"experiment {self.name!r} learns from a teacher, but names none; set `teacher`"
             )
+        if self.needs_teacher and isinstance(self.student, BevDetConfig) and self.student.frame == "ego":
+            raise ConfigError(
+                f"experiment {self.name!r}: the student's map lies in the ego frame, every teacher's in the LiDAR "
+                'frame, so that cells differ; set student.frame="lidar", or train it without a teacher'
+            )
         if self.distill is not None and self.student is None:
             raise ConfigError(f"experiment {self.name!r} has `distill` but no student; set `student`")
         if bool(self.optim.unlabelled_per_step) != bool(self.unlabelled_splits):
