@@ -429,8 +429,16 @@ def test_the_generation_of_a_bevdet_is_told_by_its_keys(tmp_path: Path) -> None:
     converted = convert(Published(new, "", None))
     assert converted.source.title == "BEVDet from version 2 on" and converted.new_boxes
     assert "ego frame" in str(converted.report)
-    with pytest.raises(CheckpointError, match=r"lies in the ego frame .*--lax"):
-        import_weights(write(new, tmp_path), tmp_path / "run")
+    import_weights(write(new, tmp_path), tmp_path / "run")
+    experiment, detector = load_trained(tmp_path / "run")
+    assert isinstance(detector, BevDet) and isinstance(experiment.student, BevDetConfig)
+    assert (experiment.student.frame, experiment.student.lift.z_range_m) == ("ego", (-5.0, 3.0))
+    assert experiment.data.image_resize_offset == 0 and experiment.data.past is None
+    in_lidar = msgspec.structs.replace(
+        experiment, student=msgspec.structs.replace(experiment.student, frame="lidar")
+    )
+    with pytest.raises(CheckpointError, match=r"found frame: lidar, and the BEV map of BEVDet .* ego frame"):
+        import_weights(write(new, tmp_path), tmp_path / "other", experiment=in_lidar)
     assert converted.state.keys() == convert(Published(old, "", None)).state.keys()
 
 

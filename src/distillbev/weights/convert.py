@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..config import write_config
 from ..errors import CheckpointError
+from ..models.bevdet import BevDetConfig
 from ..models.detectors import StudentConfig, TeacherConfig
 from ..train.checkpoint import save_weights
 from ..train.experiment import Experiment
@@ -25,6 +26,7 @@ from .rename import (
     adapter_name,
     recognise,
     turn_classes,
+    turn_deconv,
     turn_kernel,
     turn_weight,
     widen_origins,
@@ -148,10 +150,6 @@ def import_weights(
     weights, adapters = out, out.with_suffix(f".{ADAPTERS_FILE}")
     run = None
     if not out.suffix:
-        if converted.source.ego_frame and not lax:
-            raise CheckpointError(
-                f"{path}: {EGO_FRAME}; end the name in .safetensors to have the weights, --lax for a run all the same"
-            )
         if config is None or report.misfit:
             raise CheckpointError(
                 f"{out}: no run can be made of parts; end the name in .safetensors to write them"
@@ -206,6 +204,9 @@ def convert(published: Published, version: str | None = None, pixels: str | None
                 report.reordered.append((name, "rows to our order of classes"))
             if laid is not sorted_rows:
                 report.reordered.append((name, "kernel of spconv 1 to spconv 2's layout"))
+            if re.match(source.deconvs, name) and (plain := turn_deconv(laid)) is not laid:
+                report.reordered.append((name, "1x1 kernel of a transposed convolution to a plain one's"))
+                laid = plain
             widened = widen_origins(laid) if FIRST_POINT_LAYER.match(ours) else laid
             if widened is not laid:
                 report.reordered.append((name, "21 columns of points to our 23"))
@@ -327,9 +328,15 @@ def _hold(
             )
         report.model = f"the {kind} of {experiment.name}"
         hint = "choose the recipe of this architecture, or change a setting by --set"
+        frame = "ego" if converted.source.ego_frame else "lidar"
+        if isinstance(config, BevDetConfig) and config.frame != frame and not lax:
+            raise CheckpointError(
+                f"not {report.model}: found frame: {config.frame}, and the BEV map of {report.source} lies in the "
+                f"{frame} frame; choose a recipe with student.frame: {frame}, or set it so"
+            )
     else:
         try:
-            config = infer_config(converted.state, converted.new_boxes)
+            config = infer_config(converted.state, converted.new_boxes, converted.source.ego_frame)
         except CheckpointError as error:
             if not lax:
                 raise

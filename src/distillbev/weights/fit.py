@@ -13,7 +13,7 @@ from torch import Tensor
 from ..classes import CENTERPOINT_TASKS
 from ..errors import CheckpointError, ConfigError
 from ..grid import BevGrid
-from ..models.bev_encoder import BevEncoderConfig, LssNeckConfig
+from ..models.bev_encoder import BevEncoderConfig, BevResNetConfig, LssNeckConfig
 from ..models.bevdet import BevDetConfig
 from ..models.bevformer import BevFormerConfig, EncoderConfig
 from ..models.center_head import CenterHeadConfig
@@ -36,6 +36,9 @@ State = dict[str, Tensor]
 SCALES_OF_BEVDET = (1.0, 0.7, 0.7, 0.4, 0.55, 1.1, 1.0, 1.0, 4.5, 9.0)  # of its classes' footprints in NMS
 HEADS = 8  # of all published attentions; their shapes do not tell
 HALF_SIDE_M = 51.2  # of the ground of all published query detectors
+# By their number: BEVDet's, those of its finer variants, Megvii's.
+DEPTHS = {59: DepthBins(1.0, 60.0, 1.0), 118: DepthBins(1.0, 60.0, 0.5), 112: DepthBins(2.0, 58.0, 0.5)}
+FIRST_OF_ENCODER = "bev_encoder.layers.0.0.conv1.weight"
 
 
 @dataclass
@@ -73,20 +76,23 @@ def misfit(state: State, config: StudentConfig | TeacherConfig) -> Misfit:
     )
 
 
-def infer_config(state: State, new_boxes: bool = False) -> StudentConfig | TeacherConfig:
+def infer_config(
+    state: State, new_boxes: bool = False, ego_frame: bool = False
+) -> StudentConfig | TeacherConfig:
     """The configuration that weights under our names were made for, as far as their shapes tell it.
 
     What they do not tell (ranges and cells of grids, strides, depths of bins) is as published.
 
     Args:
         new_boxes: whether boxes of the source are those from mmdetection3d 1.0 on; its hard pillars differ.
+        ego_frame: whether the source's BEV map lies there; such students also tell velocities per second.
 
     Raises:
         CheckpointError: too little is there to tell.
     """
     try:
         if _any(state, "lift."):
-            return _bevdet(state)
+            return _bevdet(state, ego_frame)
         if _any(state, "encoder.camera_embedding"):
             return _bevformer(state)
         if _any(state, "encoder.bev_embedding"):
@@ -96,7 +102,7 @@ def infer_config(state: State, new_boxes: bool = False) -> StudentConfig | Teach
                 grid=BevGrid(cell_m=0.1 if _any(state, "pillars.conv_input.") else 0.2),
                 pillars=_points(state, "pillars.", new_boxes),
                 backbone=_second(state),
-                neck=_second_fpn(state),
+                neck=_second_fpn(state, "neck.", _second(state).strides),
                 head=_center_head(state),
             )
     except KeyError as error:
@@ -214,11 +220,15 @@ def _second(state: State) -> SecondConfig:
     )
 
 
-def _second_fpn(state: State) -> SecondFpnConfig:
-    """Windows tell factors up to their sense; only one choice brings all stages to one size."""
-    trunk = _second(state)
-    kernels = [state[f"neck.deblocks.{i}.0.weight"] for i in range(len(trunk.strides))]
-    strides = [math.prod(trunk.strides[: i + 1]) / trunk.strides[0] for i in range(len(kernels))]
+def _second_fpn(state: State, prefix: str, stage_strides: Sequence[int]) -> SecondFpnConfig:
+    """Windows tell factors up to their sense; only one choice brings all stages to one size.
+
+    Args:
+        prefix: of the neck.
+        stage_strides: of each stage against the one before.
+    """
+    kernels = [state[f"{prefix}deblocks.{i}.0.weight"] for i in range(len(stage_strides))]
+    strides = [math.prod(stage_strides[1 : i + 1]) for i in range(len(kernels))]
     for first in (0.25, 0.5, 1.0, 2.0, 4.0):
         factors = tuple(first * stride for stride in strides)
         if all(max(f, 1 / f) == k.shape[-1] for f, k in zip(factors, kernels, strict=True)):
@@ -246,47 +256,77 @@ def _resnet(state: State) -> ResNetConfig:
     raise CheckpointError(f"a backbone with stages of {list(blocks)} blocks, which is none of our ResNets")
 
 
-def _bevdet(state: State) -> BevDetConfig:
-    first = state["bev_encoder.layers.0.0.conv1.weight"].shape[1]
+def _bevdet(state: State, ego_frame: bool) -> BevDetConfig:
+    encoder = _bev_encoder(state)
+    first = state["bev_encoder.conv1.weight" if isinstance(encoder, BevResNetConfig) else FIRST_OF_ENCODER]
     fused = state.get("fusion.blocks.0.conv1.weight")
-    channels = first if fused is None else len(fused)
+    context = state.get("lift.depth_net.context_conv.weight")
+    channels = next(len(kernel) for kernel in (fused, context, first.transpose(0, 1)) if kernel is not None)
+    earlier = first.shape[1] // channels - 1
     depth_net, bins = _depth_net(state, channels)
-    stages = _count(state, r"bev_encoder\.layers\.(\d+)\.")
-    laterals = _count(state, r"image_encoder\.neck\.laterals\.(\d+)\.")
-    joined = len(state["bev_neck.conv.0.weight"])
-    refined = state.get("bev_neck.refine.3.weight")
+    of_megvii = isinstance(encoder, BevResNetConfig)
     return BevDetConfig(
-        image_encoder=ImageEncoderConfig(
-            backbone=_resnet(state),
-            out_channels=len(state["image_encoder.neck.smooth.weight"]),
-            output_stride=32 // 2 ** (laterals - 1),
-        ),
+        frame="ego" if ego_frame else "lidar",
+        image_encoder=_image_encoder(state),
         lift=LiftConfig(
             channels=channels,
-            depth=DepthBins(start_m=1.0, stop_m=1.0 + bins),
+            depth=DEPTHS.get(bins, DepthBins(start_m=1.0, stop_m=1.0 + bins)),
             depth_net=depth_net,
             aggregate_depth=_any(state, "lift.aggregation."),
+            z_range_m=(-5.0, 3.0) if ego_frame else (-10.0, 10.0),
             corner_aligned_pixels=True,
             truncate_cells=True,
         ),
         history=None
-        if fused is None
+        if not earlier
         else HistoryConfig(
-            num_frames=first // channels - 1,
+            num_frames=earlier,
             blocks=_count(state, r"fusion\.blocks\.(\d+)\."),
+            align="rays" if of_megvii else "map",
+            velocity="per_second" if ego_frame else "displacement",
             lower_corners=True,
         ),
-        bev_encoder=BevEncoderConfig(
-            channels=tuple(len(state[f"bev_encoder.layers.{i}.0.conv1.weight"]) for i in range(stages)),
-            blocks=tuple(_count(state, rf"bev_encoder\.layers\.{i}\.(\d+)\.") for i in range(stages)),
-            strides=(2,) * stages,
-        ),
-        bev_neck=LssNeckConfig(
-            out_channels=joined if refined is None else len(refined),
-            extra_upsample=None if refined is None else 2,
-            extra_norm_act="bev_neck.refine.4.weight" in state,
-        ),
+        bev_encoder=encoder,
+        bev_neck=_second_fpn(state, "bev_neck.", encoder.stage_strides) if of_megvii else _lss_neck(state),
         head=_center_head(state),
+    )
+
+
+def _bev_encoder(state: State) -> BevEncoderConfig | BevResNetConfig:
+    stages = _count(state, r"bev_encoder\.layers\.(\d+)\.")
+    convolutions = [state[f"bev_encoder.layers.{i}.0.conv1.weight"] for i in range(stages)]
+    build = BevResNetConfig if "bev_encoder.conv1.weight" in state else BevEncoderConfig
+    return build(
+        channels=tuple(map(len, convolutions)),
+        blocks=tuple(_count(state, rf"bev_encoder\.layers\.{i}\.(\d+)\.") for i in range(stages)),
+        strides=(2,) * stages,
+    )
+
+
+def _lss_neck(state: State) -> LssNeckConfig:
+    joined = len(state["bev_neck.conv.0.weight"])
+    refined = state.get("bev_neck.refine.3.weight")
+    return LssNeckConfig(
+        out_channels=joined if refined is None else len(refined),
+        extra_upsample=None if refined is None else 2,
+        extra_norm_act="bev_neck.refine.4.weight" in state,
+    )
+
+
+def _image_encoder(state: State) -> ImageEncoderConfig:
+    if _any(state, "image_encoder.neck.deblocks."):
+        neck = _second_fpn(state, "image_encoder.neck.", (4, 2, 2, 2))
+        return ImageEncoderConfig(
+            backbone=_resnet(state),
+            out_channels=sum(neck.channels),
+            output_stride=round(4 / neck.upsample[0]),
+            neck=neck,
+        )
+    laterals = _count(state, r"image_encoder\.neck\.laterals\.(\d+)\.")
+    return ImageEncoderConfig(
+        backbone=_resnet(state),
+        out_channels=len(state["image_encoder.neck.smooth.weight"]),
+        output_stride=32 // 2 ** (laterals - 1),
     )
 
 

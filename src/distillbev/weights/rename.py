@@ -68,8 +68,12 @@ BEVDEPTH_OF_BEVDET: Names = (
 GEOMETRY = r"img_view_transformer\.(dx|bx|nx|frustum)$"  # ours follows from the configuration
 BEVDEPTH_OF_MEGVII: Names = (
     (r"backbone\.img_backbone\.", "image_encoder.backbone."),
+    (r"backbone\.img_neck\.", "image_encoder.neck."),
     (r"backbone\.depth_net\.", "lift.depth_net."),
     (r"backbone\.depth_aggregation_net\.", "lift.aggregation."),
+    (r"head\.trunk\.(conv1|bn1)\.", r"bev_encoder.\1."),
+    *((rf"head\.trunk\.layer{i + 1}\.", f"bev_encoder.layers.{i}.") for i in range(4)),
+    (r"head\.neck\.", "bev_neck."),
     (r"head\.(shared_conv|task_heads)\.", r"head.\1."),
 )
 QUERIES: Names = (  # inside a query head; the attentions of a layer depend on whose layer it is
@@ -158,10 +162,7 @@ CLASSES_OF_MMDET3D = (  # the order of the rows of its query heads' class scores
     "traffic_cone",
 )
 
-EGO_FRAME = (
-    "its BEV map lies in the ego frame (x forward), ours in the LiDAR frame (x right), so that maps and boxes come out "
-    "turned and shifted"
-)
+EGO_FRAME = "its BEV map lies in the ego frame, so that the model needs frame: ego"
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,8 @@ class Source:
     `pixels`: how its images were normalised, a name of `pixels.PIXELS`; None where it sees none.
     `needless`: names that follow from our configuration, or that nothing reads.
     `biases_before_norms`: to be folded into the norms.
+    `deconvs`: kernels of transposed convolutions, which are plain ones here if 1x1.
+    `ego_frame`: whether its BEV map lies there.
     """
 
     title: str
@@ -181,7 +184,8 @@ class Source:
     pixels: str | None = None
     needless: str = r"(?!)"
     biases_before_norms: bool = False
-    ego_frame: bool = False  # whether its BEV map lies there
+    ego_frame: bool = False
+    deconvs: str = r"(?!)"
 
     def is_needless(self, name: str) -> bool:
         return re.match(self.needless, name) is not None
@@ -277,6 +281,7 @@ SOURCES = (  # where several know equally many keys of a file, the first is take
         pixels="swapped",
         needless=r"backbone\.(voxel_size|voxel_coord|voxel_num|frustum)$",
         ego_frame=True,
+        deconvs=r"(backbone\.img_neck|head\.neck)\.deblocks\.\d+\.0\.weight$",
     ),
     Source(
         "BEVFormer",
@@ -374,6 +379,11 @@ def turn_kernel(value: Tensor) -> Tensor:
     if value.ndim == 5 and tuple(value.shape[:3]) in ((3, 3, 3), (3, 1, 1)):
         return value.permute(4, 0, 1, 2, 3).contiguous()
     return value
+
+
+def turn_deconv(value: Tensor) -> Tensor:
+    """The (in, out, 1, 1) kernel of a transposed convolution to the plain one's (out, in, 1, 1); larger as they are."""
+    return value.transpose(0, 1).contiguous() if value.shape[2:] == (1, 1) else value
 
 
 def widen_origins(value: Tensor) -> Tensor:

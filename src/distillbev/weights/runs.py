@@ -8,6 +8,7 @@ from msgspec.structs import replace
 
 from ..errors import ConfigError
 from ..grid import BevGrid
+from ..models.bev_encoder import BevResNetConfig
 from ..models.bevdet import BevDetConfig
 from ..models.bevformer import BevFormerConfig
 from ..models.centerpoint import CenterPointConfig
@@ -15,6 +16,7 @@ from ..models.detectors import StudentConfig, TeacherConfig
 from ..models.voxels import MVP_COLUMNS, SparseVoxelsConfig
 from ..published import (
     bevdepth_r50,
+    bevdepth_r50_megvii,
     bevdet4d_r50,
     bevdet_r50,
     bevformer_r50,
@@ -58,11 +60,22 @@ def published_recipe(config: StudentConfig | TeacherConfig) -> Experiment:
         small = len(config.image_encoder.strides) == 1 and not config.image_encoder.deformable_stages
         return replace(base, data=replace(base.data, image_size_px=(800, 450))) if small else base
     if isinstance(config, BevDetConfig):
-        if config.lift.depth_net is not None:
-            base = bevdepth_r50()
-            return base if config.history else replace(base, data=replace(base.data, past=None))
-        return bevdet4d_r50() if config.history else bevdet_r50()
+        return _published_bevdet(config)
     return mvpformer() if config.points.point_features == MVP_COLUMNS else lidarformer()
+
+
+def _published_bevdet(config: BevDetConfig) -> Experiment:
+    """Those in the ego frame look back to the key frame before, at images that fill the width."""
+    in_ego_frame = bevdepth_r50_megvii()
+    if isinstance(config.bev_encoder, BevResNetConfig):
+        base = in_ego_frame
+    elif config.lift.depth_net is not None:
+        base = bevdepth_r50()
+    else:
+        base = bevdet4d_r50() if config.history else bevdet_r50()
+    data = in_ego_frame.data if config.frame == "ego" else base.data
+    past = data.past and config.history and replace(data.past, num_frames=config.history.num_frames)
+    return replace(base, data=replace(data, past=past))
 
 
 def with_ground(config: StudentConfig | TeacherConfig, text: str | None) -> StudentConfig | TeacherConfig:
