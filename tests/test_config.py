@@ -4,7 +4,7 @@ from distillbev.config import first_difference, read_config, with_overrides, wri
 from distillbev.errors import ConfigError
 from distillbev.models.bevdet import BevDetConfig
 from distillbev.train.experiment import Experiment, OptimConfig
-from distillbev.train.schedule import ScheduleConfig, learning_rate_factor
+from distillbev.train.schedule import ScheduleConfig, learning_rate_factor, momentum_at
 
 
 def test_written_config_reads_back_equal(tmp_path):
@@ -76,6 +76,25 @@ def test_one_cycle_rises_to_the_peak_and_falls_to_almost_nothing():
     assert factors[30] == pytest.approx(1.0)
     assert factors == sorted(factors[:31]) + sorted(factors[31:], reverse=True)
     assert factors[100] == pytest.approx(config.final_factor)
+
+
+def test_momentum_falls_while_the_learning_rate_rises_and_comes_back_as_it_falls():
+    """In between: half-way up or down a cosine lies half-way."""
+    config = ScheduleConfig(warmup_share=0.4, momentum=0.95, peak_momentum=0.85)
+    momenta = [momentum_at(config, step, 101) for step in range(101)]
+    assert [momenta[step] for step in (0, 20, 40, 70, 100)] == pytest.approx([0.95, 0.9, 0.85, 0.9, 0.95])
+    rates = [learning_rate_factor(config, step, 101) for step in range(101)]
+    for before, after in ((step, step + 1) for step in range(100)):
+        assert (rates[after] > rates[before]) == (momenta[after] < momenta[before])
+    constant = ScheduleConfig(shape="step", momentum=0.8)
+    assert {momentum_at(constant, step, 11) for step in range(11)} == {0.8}
+
+
+def test_momentum_outside_its_range_or_without_a_cycle_is_refused():
+    with pytest.raises(ConfigError, match=r"peak_momentum=1.0; choose a share"):
+        ScheduleConfig(peak_momentum=1.0)
+    with pytest.raises(ConfigError, match=r"peak_momentum=0.85 goes with shape='one_cycle', found 'step'"):
+        ScheduleConfig(shape="step", peak_momentum=0.85)
 
 
 def test_step_schedule_divides_by_ten_at_each_milestone():

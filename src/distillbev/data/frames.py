@@ -67,7 +67,7 @@ class FrameDataset(Dataset[Batch]):
         frames: which ones; labels of unlabelled frames are never read, their boxes are None.
         config: what to load.
         seed: of the augmentation.
-        train: False switches both augmentations off, and the drawing of steps back.
+        train: False switches all augmentation off, and the drawing of steps back.
         cache: keep images and points in memory once read (decoded images where they are augmented, network
             images where not); the results are the same to the bit.
     """
@@ -107,12 +107,12 @@ class FrameDataset(Dataset[Batch]):
             if boxes is not None and self._pastes(draw):
                 raw_points, boxes = self._paste(sample, raw_points, boxes, bev_aug, draw)
             points = [torch.from_numpy(augment_points(bev_aug, raw_points))]
-        present = self._seen(sample, cameras, image_augs, bev_aug)
+        # A random state of its own, so that the other augmentation is the same with and without colours.
+        colours_rng = np.random.default_rng([self.seed, draw, 3])
+        present = self._seen(sample, cameras, image_augs, bev_aug, colours_rng)
+        past = self._past(present, sample, cameras, image_augs, bev_aug, draw, colours_rng)
         return replace(
-            present,
-            points=points,
-            boxes=[boxes],
-            past=self._past(present, sample, cameras, image_augs, bev_aug, draw),
+            present, images=self._masked(present.images, draw), points=points, boxes=[boxes], past=past
         )
 
     def _seen(
@@ -121,6 +121,7 @@ class FrameDataset(Dataset[Batch]):
         cameras: Sequence[CameraFrame],
         image_augs: Sequence[ImageAugmentation],
         bev_aug: NDArray[np.float64],
+        colours_rng: np.random.Generator,
     ) -> Batch:
         """What the cameras saw in a key frame, in the LiDAR frame of that time."""
         global2lidar = invert_rigid(sample.lidar2global)
@@ -131,6 +132,8 @@ class FrameDataset(Dataset[Batch]):
             for number, (camera, image_aug) in enumerate(zip(cameras, image_augs, strict=True)):
                 network_image = self.reader.network_image(sample.token, camera, image_aug)  # (H, W, 3)
                 pixels[0, number] = network_image.transpose(2, 0, 1)
+                if self.config.colour_aug is not None:
+                    pixels[0, number] = self.config.colour_aug.draw(colours_rng).apply(pixels[0, number])
             images = torch.from_numpy(pixels)
         cam2lidar = [bev_aug @ global2lidar @ camera.ego2global @ camera.cam2ego for camera in cameras]
         cam2img = [
@@ -159,6 +162,7 @@ class FrameDataset(Dataset[Batch]):
         image_augs: Sequence[ImageAugmentation],
         bev_aug: NDArray[np.float64],
         draw: int,
+        colours_rng: np.random.Generator,
     ) -> PastFrames | None:
         config = self.config.past
         if config is None:
@@ -182,10 +186,18 @@ class FrameDataset(Dataset[Batch]):
                         f"sample {earlier.token} has other cameras than its successor {sample.token}; "
                         "name the cameras that all samples have"
                     )
-                seen = self._seen(earlier, earlier_cameras, image_augs, bev_aug)
+                seen = self._seen(earlier, earlier_cameras, image_augs, bev_aug, colours_rng)
             frames.append(seen)
             gaps_s.append(1e-6 * (sample.timestamp_us - earlier.timestamp_us))
         return PastFrames(frames, torch.tensor([gaps_s]))
+
+    def _masked(self, images: Tensor | None, draw: int) -> Tensor | None:
+        """(1, N, 3, H, W) with what the grid mask hides."""
+        if self.config.grid_mask is None or images is None:
+            return images
+        rng = np.random.default_rng([self.seed, draw, 4])
+        mask = self.config.grid_mask.draw(rng, self.config.image_size_px[1])
+        return images if mask is None else torch.from_numpy(mask.apply(images[0].numpy()))[None]
 
     def _key_frame_before(self, sample: Sample, steps: int) -> Sample:
         """The key frame so many steps earlier, or the first of the scene.
@@ -309,4 +321,5 @@ def _matrices(matrices: Sequence[NDArray[np.float64]]) -> Tensor:
 
 def _without_augmentation(config: DataConfig) -> DataConfig:
     past = config.past and msgspec.structs.replace(config.past, training_steps=None)
-    return msgspec.structs.replace(config, image_aug=None, bev_aug=None, past=past, object_pasting=None)
+    none = dict.fromkeys(("image_aug", "colour_aug", "grid_mask", "bev_aug", "object_pasting"))
+    return msgspec.structs.replace(config, past=past, **none)

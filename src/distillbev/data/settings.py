@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..config import Config
 from ..errors import ConfigError
+from .appearance import ColourAugConfig, GridMaskConfig
 from .augment import BevAugConfig, ImageAugConfig, ImageFit
 from .frame_cache import FrameCacheConfig
 from .object_pasting import ObjectPastingConfig
@@ -32,7 +33,7 @@ class PastConfig(Config, frozen=True):
 
 
 class DataConfig(Config, frozen=True):
-    """What a detector is fed, and how training varies it (both augmentations are off outside training)."""
+    """What a detector is fed, and how training varies it (all augmentation is off outside training)."""
 
     image_size_px: tuple[int, int] = (704, 256)  # width, height of the network's image
     # The width fills the network's image and the bottom stays, as published; or the whole image is shown: for
@@ -40,6 +41,8 @@ class DataConfig(Config, frozen=True):
     image_fit: ImageFit = "width"
     image_resize_offset: float = 0.0  # added to the scale that fits, where images are not augmented
     image_aug: ImageAugConfig | None = None
+    colour_aug: ColourAugConfig | None = None
+    grid_mask: GridMaskConfig | None = None
     bev_aug: BevAugConfig | None = None
     cameras: tuple[str, ...] | None = None  # channels, in the order of the batch; None for all of the rig
     num_sweeps: int = 0  # earlier LiDAR sweeps besides the key sweep

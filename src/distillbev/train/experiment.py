@@ -19,8 +19,9 @@ class OptimConfig(Config, frozen=True):
     """AdamW with gradient clipping; one step sees `labelled_per_step` + `unlabelled_per_step` samples.
 
     `accumulate` splits a step's samples into that many forward passes; `ema_decay` keeps an average of the
-    weights, which is then what is evaluated and saved as the result. The student's image backbone learns at
-    `backbone_lr_factor` times the rate of all else.
+    weights, which is then what is evaluated and saved as the result. What looks at the sensor first, a
+    student's image backbone or a teacher's point encoder, learns at `backbone_lr_factor` times the rate of all
+    else.
     """
 
     steps: int = 800
@@ -141,11 +142,6 @@ class Experiment(Config, frozen=True):
             raise ConfigError(
                 f"unlabelled_per_step={self.optim.unlabelled_per_step} with unlabelled_splits="
                 f"{list(self.unlabelled_splits)}; give both or neither"
-            )
-        if self.optim.backbone_lr_factor != 1 and self.student is None:
-            raise ConfigError(
-                f"backbone_lr_factor={self.optim.backbone_lr_factor} is for a student's image backbone, and "
-                f"experiment {self.name!r} has no student; set it to 1"
             )
         lifts = isinstance(self.student, BevDetConfig) and self.student.depth_loss is not None
         if self.task == "depth" and not lifts:

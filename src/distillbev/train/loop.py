@@ -19,6 +19,7 @@ from ..data.schema import Batch
 from ..distill.distiller import Distiller, inherit_head
 from ..errors import DistillBevError, RunError
 from ..models.bevdet import BevDet
+from ..models.centerpoint import CenterPoint
 from ..models.detectors import Student, Teacher, build_student, build_teacher
 from ..models.processes import synchronise_norms
 from .checkpoint import Checkpoint, load_weights, save_weights
@@ -34,7 +35,7 @@ from .distributed import (
 from .environment import describe_environment
 from .experiment import Experiment, OptimConfig
 from .feed import Feed
-from .schedule import learning_rate_factor
+from .schedule import learning_rate_factor, momentum_at
 from .step_log import StepLog, forget_log_after
 
 logger = logging.getLogger(__name__)
@@ -207,8 +208,10 @@ def _train(
     ) as step_log:
         for step in range(first_step, optim.steps):
             factor = learning_rate_factor(optim.schedule, step, optim.steps)
+            momentum = momentum_at(optim.schedule, step, optim.steps)
             for group in optimizer.param_groups:
                 group["lr"] = optim.learning_rate * group["lr_factor"] * factor
+                group["betas"] = (momentum, group["betas"][1])
 
             sums: dict[str, float] = {}
             norms: dict[str, float] = {}
@@ -301,9 +304,8 @@ def claim_run_folder(experiment: Experiment, run: Path) -> None:
 
 
 def parameter_groups(objective: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
-    """Weights with decay; biases and norm parameters (one axis) without; the image backbone at its own rate."""
-    encoder = getattr(objective.student, "image_encoder", None)
-    backbone = set(encoder.backbone.parameters()) if optim.backbone_lr_factor != 1 and encoder else set()
+    """Weights with decay; biases and norm parameters (one axis) without; the backbone at its own rate."""
+    backbone = set(backbone_of(objective.student).parameters()) if optim.backbone_lr_factor != 1 else set()
     groups = []
     for members, factor in ((False, 1.0), (True, optim.backbone_lr_factor)):
         learned = [p for p in objective.parameters() if p.requires_grad and (p in backbone) == members]
@@ -316,6 +318,13 @@ def parameter_groups(objective: nn.Module, optim: OptimConfig) -> list[dict[str,
                 }
             )
     return groups if backbone else groups[:2]
+
+
+def backbone_of(detector: Student | Teacher) -> nn.Module:
+    """What looks at the sensor first: a student's image backbone, a teacher's point encoder."""
+    if isinstance(detector, Student):
+        return detector.image_encoder.backbone
+    return detector.pillars if isinstance(detector, CenterPoint) else detector.points
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
