@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from distillbev.errors import ConfigError
 from distillbev.grid import BevGrid
@@ -12,6 +13,7 @@ from distillbev.models.lift import (
     DepthLossConfig,
     LiftConfig,
     cell_indices,
+    compress,
     depth_loss,
     depth_targets,
     feature_pixels,
@@ -244,3 +246,24 @@ def test_the_depth_loss_without_any_target_is_zero_and_trains_nothing() -> None:
     value = depth_loss(logits, torch.full((1, 1, 2, 2), -1), DepthLossConfig())
     value.backward()
     assert value.item() == 0 and logits.grad is not None and not logits.grad.any()
+
+
+def test_compression_shortens_long_vectors_and_turns_none():
+    generator = torch.Generator().manual_seed(3)
+    lifted = torch.randn(2, 16, 3, 4, generator=generator) * torch.logspace(-1, 2, 4)
+    short = compress(lifted, gain=10.0)
+    assert torch.allclose(functional.cosine_similarity(short, lifted), torch.ones(2, 3, 4), atol=1e-5)
+    before, after = (bev.square().mean(dim=1).sqrt() for bev in (lifted, short))
+    assert torch.allclose(after, torch.log1p(10 * before), rtol=1e-4)
+
+
+def test_empty_cells_stay_empty_under_compression_and_have_a_gradient():
+    lifted = torch.zeros(1, 4, 2, 2, requires_grad=True)
+    short = compress(lifted, gain=10.0)
+    short.sum().backward()
+    assert not short.any() and lifted.grad is not None and lifted.grad.isfinite().all()
+
+
+def test_a_compression_without_gain_is_refused():
+    with pytest.raises(ConfigError, match="positive gain"):
+        LiftConfig(compression=0.0)

@@ -129,6 +129,31 @@ def test_a_head_learns_the_boxes_of_a_scene() -> None:
         assert (match[0, 3:6] / box[3:6]).log().abs().max() < 0.2
 
 
+def test_the_groups_of_a_training_head_say_each_what_a_head_of_its_own_would() -> None:
+    together = head(replace(CONFIG, groups=3))
+    together.query_embedding.weight.data[12:24] = together.query_embedding.weight[:12]
+    bev = torch.randn(2, 16, *GRID.shape)
+    in_training, detecting = together(bev), together.eval()(bev)
+    assert in_training.boxes.shape == (2, 2, 36, 10) and detecting.boxes.shape == (2, 2, 12, 10)
+    for group in (slice(0, 12), slice(12, 24)):  # the third group, unlike them, is not heard
+        torch.testing.assert_close(in_training.boxes[:, :, group], detecting.boxes)
+
+
+def test_the_loss_of_groups_is_the_mean_of_theirs_and_only_the_first_detects() -> None:
+    parts = [predictions(samples=2), predictions(samples=2)]
+    parts[1] = QueryPredictions(parts[0].class_logits + 1.0, parts[0].boxes * 2)
+    joined = QueryPredictions(
+        torch.cat([part.class_logits for part in parts], dim=2),
+        torch.cat([part.boxes for part in parts], dim=2),
+    )
+    detector, boxes = head(), [BOXES, BOXES[:1]]
+    losses = [detector.loss(part, boxes) for part in parts]
+    for name, loss in detector.loss(joined, boxes).items():
+        torch.testing.assert_close(loss, (losses[0][name] + losses[1][name]) / 2)
+    for of_joined, of_first in zip(detector.decode(joined), detector.decode(parts[0]), strict=True):
+        torch.testing.assert_close(of_joined.boxes, of_first.boxes)
+
+
 def test_settings_that_cannot_work_are_refused() -> None:
     with pytest.raises(ConfigError, match="classes"):
         QueryHeadConfig(classes=("car", "tram"))

@@ -42,6 +42,8 @@ class EncoderConfig(Config, frozen=True):
 
     `anchors` are the heights at which a cell's pillar is looked for in the images; `spatial_points` are
     shared among them. `checkpoint_layers` computes layers twice in training to hold less memory.
+    `embedding_spread`: standard deviation of the learned codes of cells, cameras and levels at the start. The
+    reference's 1 outshouts what the cameras say until it has been unlearned; a short training starts from less.
     """
 
     layers: int = 6
@@ -52,6 +54,7 @@ class EncoderConfig(Config, frozen=True):
     ffn_channels: int = 512
     dropout: float = 0.1
     checkpoint_layers: bool = False
+    embedding_spread: float = 1.0
 
     def __post_init__(self) -> None:
         if min(self.layers, self.heads, self.temporal_points, self.anchors) < 1:
@@ -138,10 +141,12 @@ class BevFormerEncoder(nn.Module):
         channels, (rows, columns) = config.channels, config.grid.shape
         levels = len(config.image_encoder.strides)
         self.bev_embedding = nn.Embedding(rows * columns, channels)
+        spread = config.encoder.embedding_spread
+        nn.init.normal_(self.bev_embedding.weight, std=spread)
         self.row_embedding = nn.Embedding(rows, channels // 2)
         self.column_embedding = nn.Embedding(columns, channels // 2)
-        self.camera_embedding = nn.Parameter(torch.randn(config.num_cameras, channels))
-        self.level_embedding = nn.Parameter(torch.randn(levels, channels))
+        self.camera_embedding = nn.Parameter(spread * torch.randn(config.num_cameras, channels))
+        self.level_embedding = nn.Parameter(spread * torch.randn(levels, channels))
         self.motion_embedding = nn.Sequential(
             nn.Linear(NUM_SIGNALS, channels // 2),
             nn.ReLU(),

@@ -27,13 +27,18 @@ from .voxels import SparseVoxels, SparseVoxelsConfig
 
 
 class QueryEncoderConfig(Config, frozen=True):
-    """Layers that bring the levels of a pyramid onto one grid of queries."""
+    """Layers that bring the levels of a pyramid onto one grid of queries.
+
+    `embedding_spread`: standard deviation of the cells' learned codes at the start. The reference's 1 outshouts
+    what the points say until it has been unlearned; a short training starts from less.
+    """
 
     layers: int = 6
     heads: int = 8
     points: int = 4
     ffn_channels: int = 512
     dropout: float = 0.1
+    embedding_spread: float = 1.0
 
     def __post_init__(self) -> None:
         if min(self.layers, self.heads, self.points) < 1:
@@ -98,6 +103,7 @@ class QueryEncoder(nn.Module):
         self.grid = grid
         rows, columns = grid.shape
         self.bev_embedding = nn.Embedding(rows * columns, channels)
+        nn.init.normal_(self.bev_embedding.weight, std=config.embedding_spread)
         self.layers = nn.ModuleList(QueryEncoderLayer(config, channels, levels) for _ in range(config.layers))
 
     def forward(self, levels: list[Tensor]) -> Tensor:

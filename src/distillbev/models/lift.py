@@ -57,6 +57,7 @@ class LiftConfig(Config, frozen=True):
     `z_range_m`: points above or below are dropped. `corner_aligned_pixels`: features lie from the first to
     the last pixel of the image, not at the centres of their strides. `truncate_cells`: coordinates are
     rounded towards zero, so that points up to a cell outside the lower borders count as inside.
+    `compression`: see `compress`; None leaves the sums as they are, as published.
     """
 
     channels: int = 64
@@ -66,8 +67,13 @@ class LiftConfig(Config, frozen=True):
     z_range_m: tuple[float, float] = (-10.0, 10.0)
     corner_aligned_pixels: bool = False
     truncate_cells: bool = False
+    compression: float | None = None
 
     def __post_init__(self) -> None:
+        if self.compression is not None and self.compression <= 0:
+            raise ConfigError(
+                f"compression={self.compression}; expected a positive gain (10 does well), or null for none"
+            )
         if self.channels < 1 or self.z_range_m[1] <= self.z_range_m[0]:
             raise ConfigError(
                 f"channels={self.channels}, z_range_m={self.z_range_m}; "
@@ -148,11 +154,19 @@ class DepthLift(nn.Module):
             points = frustum_points(pixels, config.depth, cam2img, cam2lidar)  # (B, N, D, H, W, 3)
             cells = cell_indices(points, self.grid, config.z_range_m, config.truncate_cells)
             depth_probs = depth_logits.softmax(dim=2)
+        lifted = self.splat(depth_probs, context, cells)
+        if config.compression is not None:
+            lifted = compress(lifted, config.compression)
+        return lifted, depth_logits
+
+    def splat(self, depth_probs: Tensor, context: Tensor, cells: Tensor) -> Tensor:
+        """Context, times the probability of each depth, in the cells: (B, C, Y, X), see `lift_splat`."""
+        with torch.autocast(context.device.type, enabled=False):
             if self.aggregation is None:
-                return lift_splat(depth_probs, context, cells, self.grid), depth_logits
+                return lift_splat(depth_probs, context, cells, self.grid)
             volume = torch.einsum("bndhw,bnchw->bncdhw", depth_probs, context)
         volume = self.aggregation(volume.flatten(0, 1)).float().unflatten(0, volume.shape[:2])
-        return splat_volume(volume.movedim(2, -1), cells, self.grid), depth_logits
+        return splat_volume(volume.movedim(2, -1), cells, self.grid)
 
     def look(self, features: Tensor, camera_numbers: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Depth logits (B, N, D, H, W) and context (B, N, C, H, W) of all cameras, float32."""
@@ -165,6 +179,16 @@ class DepthLift(nn.Module):
             both = self.depth_net(pixels, camera_numbers.flatten(0, 1))
             depth_logits, context = (part.float().unflatten(0, cameras) for part in both)
         return depth_logits, context
+
+
+def compress(lifted: Tensor, gain: float) -> Tensor:
+    """Shortens the long vectors of a lifted map (B, C, Y, X): a root mean square of r becomes log(1 + gain r).
+
+    A cell beside the car collects the rays of far more pixels than one 20 m away, and the norms of the BEV
+    encoder, which see the whole map, leave next to nothing of the latter. Directions stay as they are.
+    """
+    r = (lifted.square().mean(dim=1, keepdim=True) + 1e-8).sqrt()  # the root of 0 has no gradient
+    return lifted * (torch.log1p(gain * r) / r)
 
 
 def feature_pixels(feature_hw: tuple[int, ...], stride_px: int, corner_aligned: bool = False) -> Tensor:

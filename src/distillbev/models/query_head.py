@@ -1,7 +1,8 @@
 """The query head: a fixed set of object queries, each refining one box layer by layer. No suppression needed.
 
 Sources: DETR (arXiv:2005.12872) for pairing and losses, Deformable DETR (arXiv:2010.04159), section 4.2 for
-the refinement, DETR3D (arXiv:2110.06922) for boxes in space; focal loss arXiv:1708.02002.
+the refinement, DETR3D (arXiv:2110.06922) for boxes in space; focal loss arXiv:1708.02002; groups of queries
+Group DETR (arXiv:2207.13085).
 Letters: B batch, L layers, Q queries, K classes, C channels, G objects of a sample, Y X rows and columns.
 """
 
@@ -35,11 +36,14 @@ class QueryHeadConfig(Config, frozen=True):
     `code_weights` weigh the ten numbers of a box, velocity last. `skip_boxes_of_unknown_velocity` keeps such
     boxes out of the box loss altogether, as the reference does; otherwise only their velocity asks for
     nothing. `centre_range_m` (x, y, z lowest, then highest) drops detections outside. With `score_threshold`
-    a sample always gives something: where nothing passes, it is lowered step by step.
+    a sample always gives something: where nothing passes, it is lowered step by step. With `groups` so many
+    sets of queries train side by side, each paired with the objects on its own: every object then teaches
+    several queries in each step. Only the first group detects, at the cost of one.
     """
 
     classes: tuple[str, ...] = CLASSES
     num_queries: int = 900
+    groups: int = 1
     layers: int = 6
     heads: int = 8
     points: int = 4
@@ -57,9 +61,9 @@ class QueryHeadConfig(Config, frozen=True):
         unknown = [name for name in self.classes if name not in CLASSES]
         if unknown or not self.classes or len(set(self.classes)) < len(self.classes):
             raise ConfigError(f"classes={self.classes}; expected distinct names among {', '.join(CLASSES)}")
-        if min(self.num_queries, self.layers, self.heads, self.points, self.max_detections) < 1:
+        if min(self.num_queries, self.groups, self.layers, self.heads, self.points, self.max_detections) < 1:
             raise ConfigError(
-                f"num_queries={self.num_queries}, layers={self.layers}, heads={self.heads}, "
+                f"num_queries={self.num_queries}, groups={self.groups}, layers={self.layers}, heads={self.heads}, "
                 f"points={self.points}, max_detections={self.max_detections}; expected 1 or more of each"
             )
         if len(self.code_weights) != CODE_SIZE:
@@ -67,10 +71,11 @@ class QueryHeadConfig(Config, frozen=True):
 
 
 class DecoderLayer(nn.Module):
-    """Queries look at each other, then at the BEV map around their reference points."""
+    """Queries of a group look at each other, then at the BEV map around their reference points."""
 
     def __init__(self, channels: int, config: QueryHeadConfig) -> None:
         super().__init__()
+        self.group_size = config.num_queries
         self.self_attention = nn.MultiheadAttention(channels, config.heads, config.dropout, batch_first=True)
         self.cross_attention = DeformableAttention(channels, config.heads, levels=1, points=config.points)
         self.feed_forward = FeedForward(channels, config.ffn_channels, config.dropout)
@@ -82,8 +87,10 @@ class DecoderLayer(nn.Module):
         self, query: Tensor, position: Tensor, value: Tensor, shape: tuple[int, int], reference: Tensor
     ) -> Tensor:
         """(B, Q, C) queries and positions, (B, Y*X, C) map, (B, Q, 2) reference points -> (B, Q, C)."""
-        placed = query + position
-        update = self.self_attention(placed, placed, query, need_weights=False)[0]
+        placed, own = (
+            part.unflatten(1, (-1, self.group_size)).flatten(0, 1) for part in (query + position, query)
+        )
+        update = self.self_attention(placed, placed, own, need_weights=False)[0].reshape(query.shape)
         query = self.norms[0](query + self.dropout(update))
         update = self.cross_attention(query + position, value, [shape], reference)
         query = self.norms[1](query + self.dropout(update))
@@ -109,7 +116,7 @@ class QueryHead(nn.Module):
         low, high = zip(grid.x_range_m, grid.y_range_m, z_range_m, strict=True)
         self.low_m, self.high_m = low, high
         # First half of an embedding: the position; second half: the query itself.
-        self.query_embedding = nn.Embedding(config.num_queries, 2 * channels)
+        self.query_embedding = nn.Embedding(config.groups * config.num_queries, 2 * channels)
         self.reference_points = nn.Linear(channels, 3)
         self.layers = nn.ModuleList(DecoderLayer(channels, config) for _ in range(config.layers))
         self.class_branches = nn.ModuleList(
@@ -120,9 +127,12 @@ class QueryHead(nn.Module):
         nn.init.zeros_(self.reference_points.bias)
 
     def forward(self, bev: Tensor) -> QueryPredictions:
-        """(B, C, Y, X) -> what the queries say after every layer."""
+        """(B, C, Y, X) -> what the queries say after every layer: in training all groups, otherwise the first."""
         value, (shape,) = flatten_maps([bev])
-        position, query = self.query_embedding.weight.expand(len(bev), -1, -1).chunk(2, dim=-1)
+        embedding = self.query_embedding.weight
+        if not self.training:
+            embedding = embedding[: self.config.num_queries]
+        position, query = embedding.expand(len(bev), -1, -1).chunk(2, dim=-1)
         reference = self.reference_points(position).float().sigmoid()  # (B, Q, 3), 0 to 1 over the ranges
         logits, boxes = [], []
         for layer, classify, regress in zip(self.layers, self.class_branches, self.box_branches, strict=True):
@@ -153,19 +163,24 @@ class QueryHead(nn.Module):
     def loss_per_layer(self, predictions: QueryPredictions, boxes: list[Boxes3D]) -> tuple[Tensor, Tensor]:
         """Class and box terms of every layer, (L,) each: focal loss, and absolute errors of paired boxes.
 
-        Every layer is paired with the objects anew. Both terms are divided by the number of pairs, averaged
+        Every layer and group is paired with the objects anew. Both terms are divided by the number of pairs, averaged
         over the processes of a distributed run. Predictions that are not finite are paired arbitrarily, and
         their loss is not finite either.
         """
         with torch.autocast(predictions.boxes.device.type, enabled=False):
-            logits, predicted = predictions.class_logits.float(), predictions.boxes.float()
-            targets = [self.targets(sample) for sample in boxes]
+            # Groups of queries are as so many samples with the same objects.
+            logits, predicted = (
+                part.float().unflatten(2, (-1, self.config.num_queries)).flatten(1, 2)
+                for part in (predictions.class_logits, predictions.boxes)
+            )
+            groups = logits.shape[1] // len(boxes)
+            targets = [target for sample in boxes for target in [self.targets(sample)] * groups]
             paired = self.pair(QueryPredictions(logits, predicted), targets)  # (L, B, Q), -1 where alone
             most = max(1, *(len(labels) for _, labels in targets))
             codes = torch.stack([functional.pad(c, (0, 0, 0, most - len(c))) for c, _ in targets])
             labels = torch.stack([functional.pad(x, (0, most - len(x))) for _, x in targets])  # (B, G)
             has_pair, which = paired >= 0, paired.clamp(min=0)
-            sample = torch.arange(len(boxes), device=which.device)[:, None]
+            sample = torch.arange(len(targets), device=which.device)[:, None]
             code, label = codes[sample, which], labels[sample, which]  # (L, B, Q, 10), (L, B, Q)
 
             pairs = total_over_processes(has_pair[0].sum().float()).clamp(min=1) / num_processes()
@@ -234,11 +249,12 @@ class QueryHead(nn.Module):
     def decode(self, predictions: QueryPredictions) -> list[Boxes3D]:
         """Boxes of every sample by the last layer, by descending score, labels into CLASSES.
 
-        The best pairs of query and class are taken, so a query may appear with two classes.
+        The best pairs of query and class are taken, so a query may appear with two classes. Only the first
+        group of queries is read.
         """
         config = self.config
         scores, where = (
-            predictions.class_logits[-1]
+            predictions.class_logits[-1, :, : config.num_queries]
             .float()
             .sigmoid()
             .flatten(1)
