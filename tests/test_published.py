@@ -1,11 +1,13 @@
 """The published recipes hold the launch scripts' values, as the tables of docs/method.md tell them."""
 
+import math
 from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
 
 from distillbev.config import with_overrides
+from distillbev.data.appearance import ColourAugConfig
 from distillbev.data.augment import BevAugConfig
 from distillbev.distill.settings import released_bevdepth4d, released_bevformer
 from distillbev.models.bev_encoder import LssNeckConfig
@@ -17,8 +19,9 @@ from distillbev.models.lidar_query_teacher import LidarQueryTeacherConfig
 from distillbev.models.nms import RotatedNms
 from distillbev.models.second import SecondFpnConfig
 from distillbev.models.voxels import SparseVoxelsConfig
-from distillbev.published import KEY_FRAMES, PUBLISHED
+from distillbev.published import BALANCED_FRAMES, KEY_FRAMES, PUBLISHED
 from distillbev.train.experiment import Experiment, OptimConfig
+from distillbev.train.schedule import learning_rate_factor, momentum_at
 
 RECIPES = {recipe.__name__: recipe() for recipe in PUBLISHED}
 STUDENTS = ("bevdet_r50", "bevdet4d_r50", "bevdepth_r50", "bevformer_r50")
@@ -65,13 +68,23 @@ def augmentation(config: BevAugConfig | None) -> str:
 
 
 def epochs(optim: OptimConfig) -> str:
-    return f"{optim.steps * optim.labelled_per_step / KEY_FRAMES:.0f} of {optim.labelled_per_step}"
+    frames = BALANCED_FRAMES if optim.class_balanced else KEY_FRAMES
+    return f"{optim.steps * optim.labelled_per_step / frames:.0f} of {optim.labelled_per_step}"
+
+
+def colours(config: ColourAugConfig | None) -> str:
+    if config is None:
+        return "none"
+    hue = f"{config.hue_deg:g} deg"
+    shares = f"{config.contrast[0]} to {config.contrast[1]}, {config.saturation[0]} to {config.saturation[1]}"
+    assert config.exchange_channels
+    return f"{config.brightness:g}, {shares}, {hue}, {config.probability}"
 
 
 def facts_of_student(experiment: Experiment) -> dict[str, str]:
     student, data, optim = experiment.student, experiment.data, experiment.optim
     assert student is not None
-    schedule, aug, grid = optim.schedule, data.image_aug, student.grid
+    schedule, aug, grid, mask = optim.schedule, data.image_aug, student.grid, data.grid_mask
     fit = f"{data.image_size_px[0] / 1600:.2f}"
     if schedule.shape == "step":
         decay = "x 0.1 after " + " and ".join(f"{share * 24:.0f}" for share in schedule.milestones)
@@ -83,6 +96,8 @@ def facts_of_student(experiment: Experiment) -> dict[str, str]:
         + (f" + U({aug.resize_range[0]}, {aug.resize_range[1]})" if aug else ""),
         "image scale in tests": fit + (f" + {data.image_resize_offset}" if data.image_resize_offset else ""),
         "image rotation, flip": f"{aug.rotation_deg[1]} deg, {aug.flip_probability}" if aug else "none",
+        "brightness, contrast, saturation, hue, each with": colours(data.colour_aug),
+        "grid mask: how often, share of bars": f"{mask.probability}, {mask.bar_share}" if mask else "none",
         "BEV augmentation: rotation, scale, flips": augmentation(data.bev_aug),
         "BEV grid": f"{grid.shape[0]} x {grid.shape[1]} of {grid.cell_m} m",
         "range, m": "{} to {}".format(*grid.x_range_m),
@@ -162,7 +177,10 @@ def facts_of_teacher(experiment: Experiment) -> dict[str, str]:
         "velocity weight": velocity,
         "epochs of samples per step": epochs(optim),
         "learning rate": f"{rate(optim.learning_rate * schedule.start_factor)} x "
-        f"{1 / schedule.start_factor:g} over {schedule.warmup_share * 100:g} %",
+        f"{1 / schedule.start_factor:g} over {schedule.warmup_share * 100:g} %, then to "
+        f"x {rate(schedule.final_factor / schedule.start_factor)}",
+        "momentum, back at the end": f"{schedule.momentum} to {schedule.peak_momentum:.3f}",
+        "rate of the point encoder": f"x {optim.backbone_lr_factor:g}",
         "weight decay, clip": f"{optim.weight_decay}, {optim.clip_norm:g}",
         "class balance, object pasting": f"{yes(optim.class_balanced)}, {yes(data.object_pasting is not None)}",
         "BEV augmentation: rotation, scale, flips": augmentation(data.bev_aug),
@@ -193,6 +211,44 @@ def test_every_pair_joins_its_student_and_teacher_by_the_released_settings(
     assert pair.distill == (released_bevformer() if student == "bevformer_r50" else released_bevdepth4d())
     points = {"num_sweeps": taught.data.num_sweeps, "virtual_points": taught.data.virtual_points}
     assert pair.data == replace(alone.data, load_points=True, **points)
+
+
+def test_teachers_paste_as_many_objects_of_each_class_as_published() -> None:
+    """The release's db_sampler: sample_groups, and filter_by_min_points of 5 for every class."""
+    for name in ("centerpoint_pillar02", "centerpoint_voxel01", "mvp_pillar02"):
+        pasting = RECIPES[name].data.object_pasting
+        assert pasting is not None and pasting.min_points == 5 and pasting.stop_after_samples is None
+        assert pasting.counts == {
+            "car": 2,
+            "truck": 3,
+            "construction_vehicle": 7,
+            "bus": 4,
+            "trailer": 6,
+            "barrier": 2,
+            "motorcycle": 6,
+            "bicycle": 6,
+            "pedestrian": 2,
+            "traffic_cone": 2,
+        }
+
+
+def test_the_teachers_cycle_ends_at_the_published_share_of_its_start() -> None:
+    """mmcv's cyclic policy by target_ratio (10, 1e-4) and (0.85 / 0.95, 1), step by step."""
+    optim = RECIPES["lidarformer"].optim
+    start, steps, up = 5e-5, optim.steps, int(0.4 * optim.steps)
+
+    def anneal(first: float, last: float, share: float) -> float:
+        return last + 0.5 * (first - last) * (math.cos(math.pi * share) + 1)
+
+    for step in (0, up // 3, up, up + 1, (up + steps) // 2, steps - 1):
+        rising = step < up
+        share = step / up if rising else (step - up) / (steps - up)
+        rate = anneal(start, 10 * start, share) if rising else anneal(10 * start, 1e-4 * start, share)
+        low = 0.9 * 0.85 / 0.95
+        momentum = anneal(0.9, low, share) if rising else anneal(low, 0.9, share)
+        ours = optim.learning_rate * learning_rate_factor(optim.schedule, step, steps)
+        assert ours == pytest.approx(rate, rel=2e-4, abs=1e-10)
+        assert momentum_at(optim.schedule, step, steps) == pytest.approx(momentum, abs=1e-5)
 
 
 def test_the_released_presets_weigh_as_the_launch_scripts_do() -> None:

@@ -33,7 +33,8 @@ from .models.voxels import SparseVoxelsConfig
 from .train.experiment import Experiment, LogConfig, OptimConfig
 from .train.schedule import ScheduleConfig
 
-KEY_FRAMES = 28130  # of nuScenes' training split
+KEY_FRAMES = 28130  # of nuScenes' training split, one epoch
+BALANCED_FRAMES = 1931 * 64  # one epoch of class-balanced sampling, as the steps of published logs have it
 # Masks exist for key frames only; earlier sweeps come as measured.
 VIRTUAL = VirtualPointsInput(absent="measured_only")
 # The release draws camera sweeps 0.75 to 2.25 s back in training and takes 1.5 s in tests; key frames are 0.5 s apart.
@@ -72,7 +73,7 @@ def centerpoint_pillar02() -> Experiment:
             object_pasting=ObjectPastingConfig(),
         ),
         optim=OptimConfig(
-            steps=20 * KEY_FRAMES // 32,  # 20 epochs, 8 devices of 4
+            steps=20 * BALANCED_FRAMES // 32,  # 20 epochs, 8 devices of 4
             labelled_per_step=32,
             learning_rate=1e-3,
             schedule=CYCLE,
@@ -118,7 +119,7 @@ def lidarformer() -> Experiment:
         name="lidarformer",
         teacher=LidarQueryTeacherConfig(),
         data=replace(base.data, object_pasting=None),
-        optim=replace(base.optim, steps=20 * KEY_FRAMES // 16, labelled_per_step=16, learning_rate=5e-4),
+        optim=replace(base.optim, steps=20 * BALANCED_FRAMES // 16, labelled_per_step=16, learning_rate=5e-4),
     )
 
 
@@ -129,7 +130,7 @@ def mvpformer() -> Experiment:
     )
     base = lidarformer()
     data = replace(base.data, virtual_points=VIRTUAL)
-    optim = replace(base.optim, steps=20 * KEY_FRAMES // 24, labelled_per_step=24)
+    optim = replace(base.optim, steps=20 * BALANCED_FRAMES // 24, labelled_per_step=24)
     teacher = LidarQueryTeacherConfig(points=points)
     return replace(base, name="mvpformer", teacher=teacher, data=data, optim=optim)
 
@@ -151,10 +152,12 @@ def bevdet_r50() -> Experiment:
             max_box_distance_m=51.2,
         ),
         optim=OptimConfig(
-            steps=24 * KEY_FRAMES // 64,  # 24 epochs, 8 devices of 8
+            steps=24 * BALANCED_FRAMES // 64,  # 24 epochs, 8 devices of 8
             labelled_per_step=64,
             learning_rate=2e-4,
-            schedule=ScheduleConfig(shape="step", warmup_share=0.047, start_factor=1e-3),
+            schedule=ScheduleConfig(
+                shape="step", warmup_share=500 / (24 * BALANCED_FRAMES // 64), start_factor=1e-3
+            ),
             clip_norm=5.0,
             class_balanced=True,
         ),
@@ -213,7 +216,7 @@ def bevdepth_r50_megvii() -> Experiment:
         data=replace(base.data, image_resize_offset=0.0, load_points=True, past=PastConfig()),
         optim=replace(
             base.optim,
-            steps=20 * KEY_FRAMES // 64,  # 20 epochs, 8 devices of 8
+            steps=20 * BALANCED_FRAMES // 64,  # 20 epochs, 8 devices of 8
             weight_decay=1e-7,
             schedule=ScheduleConfig(shape="step", warmup_share=0.0, milestones=(16 / 20, 19 / 20)),
             ema_decay=0.999,
@@ -240,7 +243,10 @@ def bevformer_r50() -> Experiment:
             learning_rate=2e-4,
             backbone_lr_factor=0.1,
             schedule=ScheduleConfig(
-                shape="cosine", warmup_share=0.006, start_factor=1 / 3, final_factor=1e-3
+                shape="cosine",
+                warmup_share=500 / (24 * KEY_FRAMES // 8),
+                start_factor=1 / 3,
+                final_factor=1e-3,
             ),
             clip_norm=35.0,
         ),

@@ -203,6 +203,7 @@ def test_earlier_frames_have_colours_and_no_mask_even_where_the_present_stands_i
         for before, after in zip(expected.past.frames, found.past.frames, strict=True):
             assert before.images is not None and after.images is not None
             assert torch.equal(before.images, after.images)
+        assert expected.images is not None and found.images is not None
         assert not torch.equal(expected.images, found.images)
 
 
