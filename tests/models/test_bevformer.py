@@ -27,7 +27,7 @@ from distillbev.models.bevformer import (
     first_own_frame,
     project_anchors,
 )
-from distillbev.models.image_encoder import PlainCnnConfig, ResNetConfig
+from distillbev.models.image_encoder import PlainCnnConfig, ResNetConfig, normalise_images
 from distillbev.models.image_pyramid import ImagePyramid, ImagePyramidConfig
 from distillbev.models.planar_motion import motion_between, planar_motion, rotate_map
 from distillbev.models.query_head import QueryHeadConfig
@@ -342,3 +342,17 @@ def test_settings_that_cannot_work_are_refused() -> None:
         EncoderConfig(spatial_points=6)
     with pytest.raises(ConfigError, match="channels"):
         msgspec.structs.replace(CONFIG, channels=18, head=QueryHeadConfig(heads=4))
+
+
+def test_images_of_odd_sizes_are_seen_as_if_padded_with_the_mean_below_and_to_the_right() -> None:
+    """32 x 48 pixels are whole cells of 8; of 29 x 43 nothing may shift, and the levels are as large."""
+    detector, whole = model().eval(), batch()
+    assert whole.images is not None
+    cut = replace(whole, images=whole.images[..., :29, :43])
+    floats = normalise_images(whole.images)
+    floats[..., 29:, :] = 0
+    floats[..., 43:] = 0
+    with torch.no_grad():
+        assert detector.image_encoder.padded_size(29, 43) == (32, 48)
+        found, expected = detector(cut), detector(replace(whole, images=floats))
+    torch.testing.assert_close(found.bev["head"].features, expected.bev["head"].features)

@@ -181,7 +181,7 @@ class BevFormerEncoder(nn.Module):
         Args:
             features: levels (B, N, C, H, W), fine to coarse.
             lidar2img: (B, N, 4, 4), LiDAR frame -> image pixels (u*d, v*d, d, 1).
-            image_size_hw: of the images that `lidar2img` projects to.
+            image_size_hw: of what the features show of the images that `lidar2img` projects to.
             motion: since the frame before; zero where there is none.
             history: its map; None if no sample has one.
 
@@ -284,9 +284,9 @@ class BevFormer(nn.Module):
         if history is not None:
             motion = motion_between(history, batch, self.config.grid)
         lidar2img = batch.cam2img @ torch.linalg.inv(batch.cam2lidar)
-        height, width = batch.images.shape[-2:]
+        shown_hw = self.image_encoder.padded_size(*batch.images.shape[-2:])
         features = self.image_encoder(batch.images)
-        return self.encoder(features, lidar2img, (height, width), motion, history)
+        return self.encoder(features, lidar2img, shown_hw, motion, history)
 
     def remember(self, output: DetectorOutput, batch: Batch) -> BevHistory:
         """What the next frame needs of this one."""

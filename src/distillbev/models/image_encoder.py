@@ -86,7 +86,8 @@ class ImageEncoderConfig(Config, frozen=True):
 
     `output_stride` is how many image pixels a feature cell spans; the neck joins that stage and all coarser
     ones. With `neck` the last stages stand side by side at that stride instead, as Megvii's BEVDepth has them.
-    `weights` is a file with the backbone's weights, read by `ImageEncoder.load_backbone_weights`.
+    `weights` is a file with the backbone's weights, trained on normalised RGB as torchvision's are, read by
+    `ImageEncoder.load_backbone_weights`.
     """
 
     backbone: ResNetConfig | PlainCnnConfig | TimmConfig = ResNetConfig()

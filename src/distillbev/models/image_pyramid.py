@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ..config import Config
 from ..errors import ConfigError
@@ -66,6 +67,7 @@ class ImagePyramid(nn.Module):
         else:
             self.backbone = TimmBackbone(config.backbone)
         strides = list(self.backbone.strides)
+        self.multiple_px = strides[-1]  # images are brought to a multiple of this
         if config.strides[0] not in strides:
             raise ConfigError(
                 f"strides={config.strides}; the backbone's stages are at {strides}, start with one"
@@ -76,9 +78,21 @@ class ImagePyramid(nn.Module):
         # Convolutions are faster so; keys, shapes and values stay.
         self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]: its stub lacks it
 
+    def padded_size(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns that the levels show of images of this size: whole cells of the coarsest stage."""
+        rows, columns = (-(-size // self.multiple_px) for size in (height, width))
+        return rows * self.multiple_px, columns * self.multiple_px
+
     def forward(self, images: Tensor) -> list[Tensor]:
-        """(B, N, 3, H, W), uint8 RGB or normalised floats -> levels (B, N, C, H', W'), fine to coarse."""
-        stages = self.backbone(normalise_images(images.flatten(0, 1)))
+        """(B, N, 3, H, W), uint8 RGB or normalised floats -> levels (B, N, C, H', W'), fine to coarse.
+
+        Levels show `padded_size` pixels: zeros, the mean colour, are put below and to the right, as published.
+        """
+        pixels = normalise_images(images.flatten(0, 1))
+        height, width = pixels.shape[-2:]
+        rows, columns = self.padded_size(height, width)
+        pixels = functional.pad(pixels, (0, columns - width, 0, rows - height))
+        stages = self.backbone(pixels)
         levels = self.neck([stages[stage] for stage in self.stages])
         return [level.unflatten(0, images.shape[:2]) for level in levels]
 
