@@ -6,11 +6,41 @@ import torch
 from tiny_student import TINY, make_batch
 
 from distillbev.config import read_config, write_config
+from distillbev.data.schema import Batch, PastFrames
 from distillbev.errors import ConfigError, DataError
 from distillbev.grid import BevGrid
-from distillbev.models.bev_encoder import LssNeckConfig, TopDownNeckConfig
+from distillbev.models.bev_encoder import BevResNetConfig, LssNeckConfig, TopDownNeckConfig
 from distillbev.models.bevdet import BevDet, BevDetConfig
+from distillbev.models.depth_net import MegviiDepthNetConfig
+from distillbev.models.history import HistoryConfig
 from distillbev.models.lift import DepthLossConfig
+from distillbev.models.second import SecondFpnConfig
+
+# Built as Megvii's BEVDepth, small.
+MEGVII = msgspec.structs.replace(
+    TINY,
+    frame="ego",
+    image_encoder=msgspec.structs.replace(
+        TINY.image_encoder,
+        out_channels=9,
+        neck=SecondFpnConfig(channels=(2, 3, 4), upsample=(0.5, 1, 2)),
+    ),
+    lift=msgspec.structs.replace(
+        TINY.lift, depth_net=MegviiDepthNetConfig(mid_channels=8), aggregate_depth=True
+    ),
+    history=HistoryConfig(blocks=0, align="rays", velocity="per_second"),
+    bev_encoder=BevResNetConfig(channels=(6, 8, 10), blocks=(1, 1, 1)),
+    bev_neck=SecondFpnConfig(channels=(2, 3, 4, 5), upsample=(1, 2, 4, 8)),
+    depth_loss=DepthLossConfig(),
+)
+
+
+def make_past_batch() -> Batch:
+    batch = make_batch()
+    batch.lidar2ego = torch.eye(4, dtype=torch.float64).repeat(2, 1, 1)
+    batch.past = PastFrames([make_batch()], torch.full((2, 1), 0.5))
+    batch.past.frames[0].lidar2ego = batch.lidar2ego
+    return batch
 
 
 def with_depth(config: BevDetConfig) -> BevDetConfig:
@@ -61,10 +91,10 @@ def test_samples_do_not_see_each_other_in_eval_mode() -> None:
     torch.testing.assert_close(detector(batch).bev["head"].features[:1], together)
 
 
-@pytest.mark.parametrize("config", [TINY, with_depth(TINY)])
+@pytest.mark.parametrize("config", [TINY, with_depth(TINY), MEGVII])
 def test_every_weight_is_trained_by_the_loss(config: BevDetConfig) -> None:
     torch.manual_seed(0)
-    detector, batch = BevDet(config), make_batch()
+    detector, batch = BevDet(config), make_past_batch()
     terms = detector.loss(detector(batch), batch)
     assert ("depth" in terms) == (config.depth_loss is not None)
     torch.stack(list(terms.values())).sum().backward()
@@ -109,6 +139,6 @@ def test_a_grid_that_the_strides_do_not_divide_is_refused() -> None:
 
 
 def test_a_configuration_comes_back_from_its_file(tmp_path: Path) -> None:
-    for config in (BevDetConfig(), with_depth(TINY)):
+    for config in (BevDetConfig(), with_depth(TINY), MEGVII):
         write_config(config, tmp_path / "student.yaml")
         assert read_config(tmp_path / "student.yaml", BevDetConfig) == config
