@@ -41,8 +41,8 @@ from .outputs import BevMap, DetectorOutput, labelled_boxes
 class BevDetConfig(Config, frozen=True):
     """The whole detector; the defaults are the published one with ResNet-50.
 
-    `grid` is that of the lift. `frame` is where maps lie, and the head's boxes with them; outside of the
-    detector boxes are in the LiDAR frame all the same.
+    `grid` is that of the lift. `frame` is where it and all maps lie, and the head's boxes with them (x of the
+    ego frame points forward); outside of the detector boxes are in the LiDAR frame all the same.
     `depth_loss` needs LiDAR points in training (the term "depth"), never later.
     `history` needs earlier key frames with every batch (the data's `past`), or a `BevDetStream`.
     """

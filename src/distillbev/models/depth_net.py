@@ -144,8 +144,8 @@ class MegviiDepthNet(nn.Module):
     def camera_numbers(batch: Batch) -> Tensor:
         """(B, N, 27): focal lengths and centre (4), image (6) and BEV augmentation (5), camera -> BEV frame (12).
 
-        The last is free of BEV augmentation, three rows of a 3x4 matrix. Megvii's BEV lies in the ego frame,
-        ours in the LiDAR frame.
+        The last is free of BEV augmentation, three rows of a 3x4 matrix; the frame is the one that the map lies
+        in, as published the ego frame (`BevDetConfig.frame`).
         """
         intrinsics, image_aug, bev_aug = source_intrinsics(batch), batch.image_aug, batch.bev_aug[:, None]
         with torch.autocast(image_aug.device.type, enabled=False):
