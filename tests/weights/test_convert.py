@@ -40,6 +40,7 @@ from distillbev.weights.fit import SCALES_OF_BEVDET, infer_config, misfit
 from distillbev.weights.pixels import PIXELS, pixels_of_config, turn_stem
 from distillbev.weights.read import Published
 from distillbev.weights.rename import CLASSES_OF_MMDET3D, recognise, turn_code, widen_origins
+from distillbev.weights.runs import run_of
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PILLARS, VOXELS, BEVDET = (
@@ -469,3 +470,14 @@ def test_voxels_of_det3d_s_mvp_see_in_our_columns_what_they_saw_in_theirs() -> N
         infer_config({"pillars.pfn_layers.0.linear.weight": torch.zeros(32, 21)})
     plain = kernel[..., :5]
     assert widen_origins(plain) is plain
+
+
+def test_a_temporal_student_in_the_ego_frame_tells_metres_per_second_from_the_key_frame_before() -> None:
+    history = HistoryConfig(num_frames=2, lower_corners=True)
+    state = BevDet(msgspec.structs.replace(SMALL_BEVDET, history=history)).state_dict()
+    for ego_frame, velocity, step in ((False, "displacement", 3), (True, "per_second", 1)):
+        told = infer_config(state, new_boxes=True, ego_frame=ego_frame)
+        assert isinstance(told, BevDetConfig) and told.history is not None
+        assert (told.history.num_frames, told.history.velocity) == (2, velocity)
+        past = run_of(told).data.past
+        assert past is not None and (past.num_frames, past.step) == (2, step)
