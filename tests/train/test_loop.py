@@ -50,12 +50,23 @@ def losses_of(run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("recipe", ["tiny_bevdet", "tiny_bevdet_from_centerpoint"])
+VARIED = ("data.colour_aug={}", "data.grid_mask={}", "optim.schedule.peak_momentum=0.5")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides"),
+    [("tiny_bevdet", ()), ("tiny_bevdet", VARIED), ("tiny_bevdet_from_centerpoint", ())],
+)
 def test_an_interrupted_run_resumes_to_the_numbers_of_an_uninterrupted_one(
-    tiny_root: Path, teacher_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
+    tiny_root: Path,
+    teacher_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    recipe: str,
+    overrides: tuple[str, ...],
 ):
     taught = recipe != "tiny_bevdet"
-    config = experiment(tiny_root, recipe, teacher_run if taught else None)
+    config = experiment(tiny_root, recipe, teacher_run if taught else None, *overrides)
     whole = train(config, tmp_path / "whole", show_progress=False)
 
     record = StepLog.record
@@ -73,6 +84,15 @@ def test_an_interrupted_run_resumes_to_the_numbers_of_an_uninterrupted_one(
     assert losses_of(tmp_path / "killed") == losses_of(tmp_path / "whole")
     first, second = read_weights(whole), read_weights(resumed)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_cycling_momentum_is_what_the_optimiser_steps_by(tiny_root: Path, tmp_path: Path):
+    """The first two losses know no momentum yet: AdamW's first step is the same for any."""
+    for name, momentum in (("constant", "null"), ("cycling", "0.1")):
+        config = experiment(tiny_root, "tiny_bevdet", None, f"optim.schedule.peak_momentum={momentum}")
+        train(config, tmp_path / name, show_progress=False)
+    constant, cycling = losses_of(tmp_path / "constant"), losses_of(tmp_path / "cycling")
+    assert constant[:2] == cycling[:2] and constant[2:] != cycling[2:]
 
 
 def test_training_lowers_the_loss_and_leaves_a_run_that_loads(tiny_root: Path, tmp_path: Path):
