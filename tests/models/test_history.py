@@ -28,6 +28,8 @@ from distillbev.models.bevdet import BevDet, BevDetConfig, BevDetStream
 from distillbev.models.history import (
     HistoryConfig,
     PastMap,
+    correlate,
+    correlate_by_shifts,
     motion_to_past,
     scale_velocities,
     source_cells,
@@ -160,6 +162,30 @@ def test_the_warp_is_its_slow_twin_gradients_too(lower_corners: bool) -> None:
         results.append((moved, bev.grad))
     torch.testing.assert_close(results[0][0], results[1][0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(results[0][1], results[1][1], atol=1e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("radius", "shape"), [(1, (5, 7)), (3, (9, 4)), (6, (4, 4))])
+def test_the_correlation_is_its_slow_twin_gradients_too(radius: int, shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(radius)
+    maps = [torch.randn(2, 8, *shape, generator=generator, dtype=torch.float64) for _ in range(2)]
+    upstream = torch.randn(2, (2 * radius + 1) ** 2, *shape, generator=generator, dtype=torch.float64)
+    results = []
+    for function in (correlate, correlate_by_shifts):
+        present, past = (bev.clone().requires_grad_() for bev in maps)
+        likeness = function(present, past, radius)
+        likeness.backward(upstream)
+        results.append((likeness.detach(), present.grad, past.grad))
+    for fast, slow in zip(*results, strict=True):
+        torch.testing.assert_close(fast, slow)
+
+
+def test_the_correlation_says_where_an_object_came_from() -> None:
+    present, past = torch.zeros(1, 4, 12, 12), torch.zeros(1, 4, 12, 12)
+    look = torch.tensor([0.3, -2.0, 0.1, 1.0])
+    present[0, :, 6, 5], past[0, :, 4, 8] = look, 3 * look  # it came from two rows down, three columns right
+    likeness = correlate(present, past, radius=3)[0].unflatten(0, (7, 7))
+    torch.testing.assert_close(likeness[3 - 2, 3 + 3, 6, 5], torch.tensor(1.0))
+    assert likeness.count_nonzero() == 1
 
 
 def test_a_car_that_stands_leaves_the_map_as_it_is() -> None:
@@ -360,6 +386,8 @@ def test_a_stream_refuses_what_does_not_follow(tiny: NuScenes) -> None:
         stream(replace(second, scenes=None))
     with pytest.raises(ConfigError, match="no history"):
         BevDetStream(BevDet(TINY))
+    with pytest.raises(ConfigError, match="correlation_cells=0"):
+        HistoryConfig(correlation_cells=0)
     with pytest.raises(ConfigError, match="step=0"):
         BevDetStream(detector, step=0)
 
@@ -491,6 +519,8 @@ def test_what_is_missing_is_said() -> None:
         HistoryConfig(num_frames=0)
     with pytest.raises(ConfigError, match="gap_at_start_s=0"):
         HistoryConfig(gap_at_start_s=0.0)
+    with pytest.raises(ConfigError, match="correlation_cells=0"):
+        HistoryConfig(correlation_cells=0)
     with pytest.raises(ConfigError, match="step=0"):
         PastConfig(step=0)
     with pytest.raises(ConfigError, match=r"training_steps=\(3, 2\)"):

@@ -35,6 +35,8 @@ class HistoryConfig(Config, frozen=True):
     `velocity`: what the head's velocity maps hold. A "displacement" (m over the gap to the newest earlier
     frame) is what two maps show; outside of the model velocities are m/s in any case.
     `gap_at_start_s` stands for the gap of a sample whose scene has only begun.
+    `correlation_cells`: the joined map also tells how alike each cell is to the cells of the newest earlier map
+    up to so far away, see `correlate`; None leaves that to be learned, as published.
     `lower_corners` takes a cell's lower corner for its place when maps are turned, as published weights do.
     """
 
@@ -44,9 +46,14 @@ class HistoryConfig(Config, frozen=True):
     align: Literal["map", "rays"] = "map"
     velocity: Literal["displacement", "per_second"] = "displacement"
     gap_at_start_s: float = 1 / 12
+    correlation_cells: int | None = None
     lower_corners: bool = False
 
     def __post_init__(self) -> None:
+        if self.correlation_cells is not None and self.correlation_cells < 1:
+            raise ConfigError(
+                f"correlation_cells={self.correlation_cells}; expected 1 or more, or null for no correlation"
+            )
         if self.num_frames < 1 or self.blocks < 0:
             raise ConfigError(
                 f"num_frames={self.num_frames}, blocks={self.blocks}; expected 1 frame or more "
@@ -79,6 +86,8 @@ class FrameFusion(nn.Module):
         self.config = config
         self.grid = grid
         self.out_channels = channels * (1 + config.num_frames)
+        if config.correlation_cells is not None:
+            self.out_channels += (2 * config.correlation_cells + 1) ** 2
         self.blocks = nn.Sequential(
             *(ResidualBlock(channels, channels, 1, opens_stage=i == 0) for i in range(config.blocks))
         )
@@ -95,13 +104,18 @@ class FrameFusion(nn.Module):
         return (past2now[:, None] @ past.cam2lidar.double()).float()
 
     def join(self, present: Tensor, past: Sequence[PastMap], batch: Batch) -> Tensor:
-        """The present map and, behind it, the earlier ones from new to old: (B, (1 + F) * C, Y, X)."""
+        """The present map and, behind it, the earlier ones from new to old: (B, (1 + F) * C, Y, X).
+
+        With a correlation, its (2 R + 1)^2 channels come last.
+        """
         if self.config.align == "rays":
             return torch.cat([present, *(frame.bev for frame in past)], dim=1)
         moved = [
             warp_map(frame.bev, motion_to_past(frame, batch), self.grid, self.config.lower_corners)
             for frame in past
         ]
+        if self.config.correlation_cells is not None:
+            moved.append(correlate(present, moved[0], self.config.correlation_cells))
         return torch.cat([present, *moved], dim=1)
 
     def gap_s(self, gaps_s: Tensor) -> Tensor:
@@ -147,6 +161,43 @@ def source_cells(now2past: Tensor, grid: BevGrid, lower_corners: bool = False) -
     places = grid.cell_centres(now2past.device) + (offset - 0.5) * grid.cell_m
     moved = torch.einsum("bij,yxj->byxi", now2past[:, :2, :2], places) + now2past[:, None, None, :2, 3]
     return grid.cell_coordinates(moved) - offset
+
+
+def correlate(present: Tensor, past: Tensor, radius: int) -> Tensor:
+    """How alike each present cell is to the past cells around it: what moved shows where it came from.
+
+    Cosines of the cells' vectors; source: the correlation layer of FlowNet (arXiv:1504.06852), section 3.
+
+    Args:
+        present, past: (B, C, Y, X) on the same ground.
+        radius: in cells, R.
+
+    Returns:
+        (B, (2 R + 1)^2, Y, X), rows of offsets first: channel (i, j) looks i - R rows up and j - R columns right.
+        0 beyond the border.
+
+    Measured on one core: forward and backward take an eighth of the time of the twin's.
+    """
+    B, _, Y, X = present.shape
+    K, W = 2 * radius + 1, X + 2 * radius
+    cells = functional.normalize(present, dim=1, eps=1e-3).permute(0, 2, 3, 1)
+    around = functional.pad(functional.normalize(past, dim=1, eps=1e-3), (radius,) * 4).permute(0, 2, 1, 3)
+    likeness = []
+    for i in range(K):
+        rows = torch.matmul(cells, around[:, i : i + Y]).contiguous()  # (B, Y, X, W): with all of a past row
+        # Of cell j only the columns j to j + 2 R are near: a band along the diagonal.
+        likeness.append(rows.as_strided((B, Y, X, K), (Y * X * W, X * W, W + 1, 1)))
+    return torch.stack(likeness, dim=1).permute(0, 1, 4, 2, 3).flatten(1, 2)
+
+
+def correlate_by_shifts(present: Tensor, past: Tensor, radius: int) -> Tensor:
+    """The slow, readable twin of `correlate`."""
+    Y, X = present.shape[-2:]
+    unit = functional.normalize(present, dim=1, eps=1e-3)
+    padded = functional.pad(functional.normalize(past, dim=1, eps=1e-3), (radius,) * 4)
+    offsets = range(2 * radius + 1)
+    likeness = [(unit * padded[..., i : i + Y, j : j + X]).sum(dim=1) for i in offsets for j in offsets]
+    return torch.stack(likeness, dim=1)
 
 
 def warp_map_by_loop(bev: Tensor, now2past: Tensor, grid: BevGrid, lower_corners: bool = False) -> Tensor:
