@@ -161,10 +161,14 @@ def tiny_bevdet_from_mvp() -> Experiment:
 
 
 def tiny_bevdet4d() -> Experiment:
-    """The tiny student with the map of the key frame before."""
+    """The tiny student with the map of the key frame before, and how alike its cells are to the present ones."""
     base = tiny_bevdet()
     assert base.student is not None
-    student = replace(base.student, history=HistoryConfig(blocks=1))
+    student = replace(
+        base.student,
+        history=HistoryConfig(blocks=1, correlation_cells=6),
+        head=tiny_head(velocity_weight=2.0),  # of displacements over half a second: 1 for m/s
+    )
     return replace(base, name="tiny_bevdet4d", student=student, data=replace(base.data, past=PastConfig()))
 
 
@@ -201,9 +205,9 @@ def tiny_bevdepth_from_mvp() -> Experiment:
 
 
 def tiny_queries() -> QueryHeadConfig:
-    """Sixty queries and two layers, shared by the tiny query teacher and BEVFormer."""
+    """Two layers of 200 queries, shared by the tiny query teacher and BEVFormer; groups make up for few steps."""
     return QueryHeadConfig(
-        num_queries=60, layers=2, heads=4, ffn_channels=128, dropout=0.0, max_detections=60
+        num_queries=200, groups=4, layers=2, heads=4, ffn_channels=128, dropout=0.0, max_detections=100
     )
 
 
@@ -218,12 +222,12 @@ def tiny_lidarformer() -> Experiment:
         backbone=base.teacher.backbone,
         levels=3,
         channels=64,
-        encoder=QueryEncoderConfig(layers=1, heads=4, ffn_channels=128, dropout=0.0),
+        encoder=QueryEncoderConfig(layers=1, heads=4, ffn_channels=128, dropout=0.0, embedding_spread=0.05),
         head=tiny_queries(),
         norm_momentum=0.1,
     )
     return replace(
-        base, name="tiny_lidarformer", teacher=teacher, optim=replace(base.optim, learning_rate=1e-3)
+        base, name="tiny_lidarformer", teacher=teacher, optim=replace(base.optim, learning_rate=2e-3)
     )
 
 
@@ -244,12 +248,12 @@ def tiny_bevformer() -> Experiment:
         grid=TINY_QUERY_GRID,
         image_encoder=ImagePyramidConfig(backbone=PlainCnnConfig(widths=(16, 32, 64, 128)), strides=(8, 16)),
         channels=64,
-        encoder=EncoderConfig(layers=2, heads=4, ffn_channels=128, dropout=0.0),
+        encoder=EncoderConfig(layers=2, heads=4, ffn_channels=128, dropout=0.0, embedding_spread=0.05),
         head=tiny_queries(),
     )
     data = replace(base.data, past=PastConfig(), load_points=False)
     return replace(
-        base, name="tiny_bevformer", student=student, data=data, optim=replace(base.optim, learning_rate=1e-3)
+        base, name="tiny_bevformer", student=student, data=data, optim=replace(base.optim, learning_rate=2e-3)
     )
 
 
