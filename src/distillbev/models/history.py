@@ -108,12 +108,12 @@ class FrameFusion(nn.Module):
 
         With a correlation, its (2 R + 1)^2 channels come last.
         """
-        if self.config.align == "rays":
-            return torch.cat([present, *(frame.bev for frame in past)], dim=1)
-        moved = [
-            warp_map(frame.bev, motion_to_past(frame, batch), self.grid, self.config.lower_corners)
-            for frame in past
-        ]
+        moved = [frame.bev for frame in past]
+        if self.config.align == "map":
+            moved = [
+                warp_map(frame.bev, motion_to_past(frame, batch), self.grid, self.config.lower_corners)
+                for frame in past
+            ]
         if self.config.correlation_cells is not None:
             moved.append(correlate(present, moved[0], self.config.correlation_cells))
         return torch.cat([present, *moved], dim=1)
