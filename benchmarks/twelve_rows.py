@@ -32,6 +32,18 @@ TEACHERS = ("centerpoint", "mvp", "lidarformer", "mvpformer")
 CONVOLUTIONAL = ("student.lift.compression=10",)
 SINGLE_FRAME = ("student.head.code_weights=[1,1,1,1,1,1,1,1,1,1]",)
 IMITATING = ("distill.response.velocity=0",)
+# What else BEVDet may learn from CenterPoint, one change each.
+VARIANTS = {
+    "relation": ("distill.taps.0.relation={weight: 100}",),
+    "balance": (
+        "distill.balance={}",
+        "distill.weight=0.03",
+        "distill.response.heatmap=0.5",
+        "distill.response.boxes=0.25",
+    ),
+    "raw": ("distill.taps.0.normalise=null",),
+    "features": ("distill.response=null",),
+}
 DEPTH_ONLY = ("task=depth", "labelled_splits=[]", "unlabelled_splits=[train]")
 DEPTH_ONLY += ("optim.labelled_per_step=0", "optim.unlabelled_per_step=4")
 WORLD = WorldConfig(
@@ -78,9 +90,9 @@ class Rows:
         commands = (self.train(f"tiny_{teacher}", name, "--seed", seed), self.evaluate(name))
         return Job(name, commands, self.scored(name), (), self.log(name), self.steps)
 
-    def student_job(self, student: str, teacher: str | None, seed: int) -> Job:
+    def student_job(self, student: str, teacher: str | None, seed: int, variant: str | None = None) -> Job:
         recipe = student if teacher is None else f"{student}_from_{teacher}"
-        name = f"{recipe}-seed{seed}"
+        name = f"{recipe}-seed{seed}" if variant is None else f"{recipe}-{variant}-seed{seed}"
         eyes = student if student != "tiny_bevformer" else "tiny_bevdet"
         needs = [f"{eyes}_depth"]
         more: list[object] = ["--seed", seed]
@@ -89,7 +101,8 @@ class Rows:
         else:
             more += ["--start", self.run(f"{eyes}_depth")]
             changes = CONVOLUTIONAL + (SINGLE_FRAME if student == "tiny_bevdet" else ())
-            changes += IMITATING if teacher is not None else ()
+            changes += IMITATING if teacher is not None and variant != "features" else ()
+            changes += VARIANTS[variant] if variant is not None else ()
         if teacher is not None:
             more += ["--teacher", self.run(f"tiny_{teacher}-seed{seed}")]
             needs.append(f"tiny_{teacher}-seed{seed}")
@@ -130,11 +143,13 @@ def main() -> None:
         jobs += [rows.teacher_job(teacher, seed) for teacher in TEACHERS]
         for student, teachers in STUDENTS.items():
             jobs += [rows.student_job(student, teacher, seed) for teacher in (None, *teachers)]
+        jobs += [rows.student_job("tiny_bevdet", "centerpoint", seed, variant) for variant in VARIANTS]
     run_jobs(jobs, slots=2, logs=arguments.out / "logs")
 
     recipes = [f"tiny_{teacher}" for teacher in TEACHERS]
     for student, teachers in STUDENTS.items():
         recipes += [student, *(f"{student}_from_{teacher}" for teacher in teachers)]
+    recipes += [f"tiny_bevdet_from_centerpoint-{variant}" for variant in VARIANTS]
     summary = {recipe: [rows.figures(f"{recipe}-seed{seed}") for seed in seeds] for recipe in recipes}
     (arguments.out / "summary.json").write_text(json.dumps(summary, indent=2))
     table = table_of(summary, arguments.steps)

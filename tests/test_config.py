@@ -1,6 +1,7 @@
 import pytest
 
 from distillbev.config import first_difference, read_config, with_overrides, write_config
+from distillbev.distill.settings import RelationTermConfig, TermConfig, clean
 from distillbev.errors import ConfigError
 from distillbev.models.bevdet import BevDetConfig
 from distillbev.train.experiment import Experiment, OptimConfig
@@ -36,6 +37,16 @@ def test_overrides_change_nested_settings_only():
     assert config.steps == 7
     assert config.schedule.warmup_share == 0.5
     assert config.learning_rate == OptimConfig().learning_rate
+
+
+def test_overrides_change_entries_of_lists_by_number():
+    distill = clean(("stage1", "head"))
+    changed = with_overrides(distill, ["taps.1.relation={weight: 2}", "taps.0.foreground.weight=3"])
+    assert changed.taps[1].relation == RelationTermConfig(weight=2.0)
+    assert changed.taps[0].foreground == TermConfig(weight=3.0)
+    assert changed.taps[1].foreground == distill.taps[1].foreground
+    with pytest.raises(ConfigError, match=r"no setting 'taps\.2\.relation'"):
+        with_overrides(distill, ["taps.2.relation=null"])
 
 
 @pytest.mark.parametrize("override", ["stepz=7", "schedule.nothing=1", "steps.deep=1"])

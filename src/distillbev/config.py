@@ -65,19 +65,21 @@ def read_config(path: Path, config_type: type[ConfigT]) -> ConfigT:
 def with_overrides(config: ConfigT, overrides: Sequence[str]) -> ConfigT:
     """The config with settings replaced by `dotted.key=value` texts; values are read as YAML.
 
+    Entries of lists go by number from 0, as in `distill.taps.0.student`.
+
     Raises:
         ConfigError: no `=`, a key that does not exist, or a value that does not fit.
     """
-    values = msgspec.to_builtins(config)
+    values: Any = _with_lists(msgspec.to_builtins(config))
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
             raise ConfigError(f"--set {override}: expected KEY=VALUE, as in optim.steps=100")
-        *parents, last = key.split(".")
-        target = values
+        *parents, last = (int(part) if part.isdecimal() else part for part in key.split("."))
+        target: Any = values
         for parent in parents:
-            target = target.get(parent) if isinstance(target, dict) else None
-        if not isinstance(target, dict) or last not in target:
+            target = target[parent] if _has(target, parent) else None
+        if not _has(target, last):
             near = difflib.get_close_matches(key, list(dict(_settings(values))), n=3, cutoff=0.5) or list(
                 values
             )
@@ -90,6 +92,20 @@ def with_overrides(config: ConfigT, overrides: Sequence[str]) -> ConfigT:
         return msgspec.convert(values, type(config))
     except msgspec.ValidationError as error:
         raise ConfigError(f"--set {' '.join(overrides)}: {error}") from None
+
+
+def _with_lists(values: Any) -> Any:
+    """Built-in values with lists for tuples, so that entries can be changed."""
+    if isinstance(values, dict):
+        return {key: _with_lists(value) for key, value in values.items()}
+    return [_with_lists(value) for value in values] if isinstance(values, list | tuple) else values
+
+
+def _has(values: Any, key: str | int) -> bool:
+    """Whether built-in values are a table with this key, or a list with this entry."""
+    return (
+        key in values if isinstance(values, dict) else isinstance(values, list) and key in range(len(values))
+    )
 
 
 def first_difference(first: Config, second: Config) -> tuple[str, Any, Any] | None:
