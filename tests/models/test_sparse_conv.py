@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from distillbev.errors import ConfigError
+from distillbev.models import sparse_conv
 from distillbev.models.sparse_conv import (
     Sites,
     SparseConv3d,
@@ -130,25 +131,36 @@ def test_layers_on_the_same_sites_share_one_rulebook() -> None:
 
 
 @pytest.mark.parametrize("stride", [None, (2, 2, 2)])
-def test_a_rulebook_of_many_blocks_holds_every_pair_once(stride: Triple | None) -> None:
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_rulebook_of_many_blocks_holds_every_pair_once(
+    stride: Triple | None, transposed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sparse_conv, "PAIRS_PER_BLOCK", 1000)
     sites = draw_tensor((2, 20, 30, 30), 0.5, 1, seed=6).sites
     kernel = (3, 3, 3)
     rulebook = sites.submanifold(kernel) if stride is None else sites.strided(kernel, stride, (1, 1, 1))[1]
-    assert len(rulebook.steps) > 27
+    rulebook = rulebook.transposed if transposed else rulebook
+    assert len(rulebook.blocks) > 27
+    assert [block.first for block in rulebook.blocks] == [0, *(block.last for block in rulebook.blocks[:-1])]
+    assert rulebook.blocks[-1].last == rulebook.num_outputs
     for k, (inputs, outputs) in enumerate(zip(rulebook.inputs, rulebook.outputs, strict=True)):
-        assert (outputs.diff() > 0).all()
-        own = [(step_inputs, step_outputs) for cell, step_inputs, step_outputs in rulebook.steps if cell == k]
-        if own:
-            assert torch.equal(torch.cat([step_inputs for step_inputs, _ in own]), inputs)
-            assert torch.equal(torch.cat([step_outputs for _, step_outputs in own]), outputs)
-        else:
-            assert len(inputs) == 0
+        assert (inputs.diff() > 0).all() and (outputs.diff() > 0).all()
+        assert torch.equal(torch.cat([b.inputs.split(b.lengths)[k] for b in rulebook.blocks]).long(), inputs)
+        assert torch.equal(
+            torch.cat([b.outputs.split(b.lengths)[k] for b in rulebook.blocks]).long(), outputs
+        )
+    for block in rulebook.blocks:
+        in_order = block.outputs[block.order]
+        assert (in_order.diff() >= 0).all()
+        sites_of_starts = torch.arange(block.first, block.last)
+        assert torch.equal(block.starts, torch.searchsorted(in_order, sites_of_starts.int()).int())
 
 
-def test_a_grid_of_many_blocks_equals_its_dense_twin() -> None:
+def test_a_grid_of_many_blocks_equals_its_dense_twin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparse_conv, "PAIRS_PER_BLOCK", 1000)
     tensor = draw_tensor((2, 12, 20, 20), 0.5, 3, seed=7)
     weight = torch.randn(2, 3, 3, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
-    assert len(tensor.sites.submanifold((3, 3, 3)).steps) > 26
+    assert len(tensor.sites.submanifold((3, 3, 3)).blocks) > 26
     assert_layer_equals_its_dense_twin(tensor, weight, (1, 1, 1), (1, 1, 1), submanifold=True)
 
 

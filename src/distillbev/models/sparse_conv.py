@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 import torch
@@ -25,40 +25,91 @@ from torch.nn import functional
 from ..errors import ConfigError
 
 Triple = tuple[int, int, int]  # along z, y, x
-PAIRS_PER_STEP = 1024  # fewer and the calls' own cost shows, more and a CPU's cache overflows
+PAIRS_PER_BLOCK = 2**15  # fewer and the calls' own cost shows, more and a CPU's cache overflows
+PAIRS_PER_BLOCK_GPU = 2**20  # bounds memory: 1 GB with 128 channels in and out
+
+
+@dataclass(frozen=True)
+class Block:
+    """The pairs that add to the output sites from `first` to before `last`.
+
+    Attributes:
+        lengths: number of pairs of each kernel cell.
+        inputs, outputs: (P,) the sites of each pair, kernel cell by kernel cell.
+        order: (P,) the pairs sorted by output site.
+        starts: (last - first,) where each output site's pairs begin in `order`.
+    """
+
+    first: int
+    last: int
+    lengths: list[int]
+    inputs: Tensor
+    outputs: Tensor
+    order: Tensor
+    starts: Tensor
 
 
 @dataclass(frozen=True)
 class Rulebook:
     """Pairs of sites by kernel cell: site `inputs[k][i]` adds to site `outputs[k][i]` through weight k.
 
-    Each list of outputs ascends. `identity` is the kernel cell that meets every site with itself (its lists are
-    empty), or None.
+    Each list ascends. `identity` is the kernel cell that meets every site with itself (its lists are empty), or
+    None.
     """
 
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
+    num_inputs: int
     num_outputs: int
     identity: int | None = None
 
     @cached_property
-    def steps(self) -> list[tuple[int, Tensor, Tensor]]:
-        """All pairs as (kernel cell, inputs, outputs), in the order to work them off.
+    def transposed(self) -> Rulebook:
+        """The way of the gradients: outputs add to inputs."""
+        return Rulebook(self.outputs, self.inputs, self.num_outputs, self.num_inputs, self.identity)
 
-        On a CPU block after block of the output sites, so that features and sums stay in its cache.
-        """
+    @cached_property
+    def blocks(self) -> list[Block]:
+        """All pairs, block after block of the output sites, so that what is gathered stays in a CPU's cache."""
+        device = self.outputs[0].device
+        counts = torch.bincount(torch.cat(self.outputs), minlength=self.num_outputs)
+        starts = counts.cumsum(0) - counts
+        # Place of each pair among those sorted by output site: behind the pairs of earlier kernel cells.
+        places: list[Tensor] = []
+        next_places = starts.clone()
+        for outputs in self.outputs:
+            places.append(next_places.index_select(0, outputs))
+            next_places.index_copy_(0, outputs, places[-1] + 1)
+
         listed = sum(map(len, self.outputs))
-        num_blocks = 1
-        if listed and self.outputs[0].device.type == "cpu":
-            num_blocks = max(1, round(listed / len(self.outputs) / PAIRS_PER_STEP))
-        edges = torch.linspace(0, self.num_outputs, num_blocks + 1).long().to(self.outputs[0].device)
-        borders = [torch.searchsorted(outputs, edges).tolist() for outputs in self.outputs]
-        return [
-            (k, inputs[at[block] : at[block + 1]], outputs[at[block] : at[block + 1]])
-            for block in range(num_blocks)
-            for k, (inputs, outputs, at) in enumerate(zip(self.inputs, self.outputs, borders, strict=True))
-            if at[block] < at[block + 1]
-        ]
+        per_block = PAIRS_PER_BLOCK if device.type == "cpu" else PAIRS_PER_BLOCK_GPU
+        num_blocks = max(1, round(listed / per_block))
+        edges = torch.linspace(0, self.num_outputs, num_blocks + 1).long()
+        borders = [torch.searchsorted(outputs, edges.to(device)).tolist() for outputs in self.outputs]
+        blocks = []
+        first_pair = 0
+        for block, (first, last) in enumerate(pairwise(edges.tolist())):
+            cuts = [slice(at[block], at[block + 1]) for at in borders]
+            place = torch.cat([places[k][cut] for k, cut in enumerate(cuts)]) - first_pair
+            order = torch.empty_like(place, dtype=torch.int32)
+            order[place] = torch.arange(len(place), dtype=torch.int32, device=device)
+            blocks.append(
+                Block(
+                    first,
+                    last,
+                    [cut.stop - cut.start for cut in cuts],
+                    torch.cat([self.inputs[k][cut] for k, cut in enumerate(cuts)]).int(),
+                    torch.cat([self.outputs[k][cut] for k, cut in enumerate(cuts)]).int(),
+                    order,
+                    (starts[first:last] - first_pair).int(),
+                )
+            )
+            first_pair += len(place)
+        return blocks
+
+    def room(self, like: Tensor) -> Tensor:
+        """Room for the features of any block's pairs; one for all, as memory costs more to get than to fill."""
+        return like.new_empty(max(len(block.inputs) for block in self.blocks), like.shape[1])
 
     @property
     def num_pairs(self) -> int:
@@ -196,7 +247,9 @@ def convolve(features: Tensor, weight: Tensor, rulebook: Rulebook) -> Tensor:
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         features, weight = features.to(dtype), weight.to(dtype)
-    kernels = weight.flatten(1, 3)  # (C_out, K, C_in)
+    kernels = (
+        weight.flatten(1, 3).permute(1, 2, 0).contiguous()
+    )  # (K, C_in, C_out), one matrix after the other
     with torch.autocast(device, enabled=False):
         return _GatherMultiplyScatter.apply(features, kernels, rulebook)  # pyright: ignore[reportReturnType]
 
@@ -208,12 +261,12 @@ class _GatherMultiplyScatter(torch.autograd.Function):
     def forward(ctx: Any, features: Tensor, kernels: Tensor, rulebook: Rulebook) -> Tensor:
         ctx.save_for_backward(features, kernels)
         ctx.rulebook = rulebook
-        transposed = kernels.transpose(0, 2)  # (C_in, K, C_out)
-        sums = _start(features, transposed, rulebook.identity, rulebook.num_outputs)
-        for k, inputs, outputs in rulebook.steps:
-            products = features.index_select(0, inputs) @ transposed[:, k]
-            sums.index_add_(0, outputs, products.to(sums.dtype))
-        return sums.to(features.dtype)
+        result = features.new_empty(rulebook.num_outputs, kernels.shape[2])
+        gathered, products = rulebook.room(features), rulebook.room(result)
+        for block in rulebook.blocks:
+            of_pairs = torch.index_select(features, 0, block.inputs, out=gathered[: len(block.inputs)])
+            _multiply_scatter(features, of_pairs, kernels, rulebook.identity, block, products, result)
+        return result
 
     @staticmethod
     @once_differentiable
@@ -221,28 +274,58 @@ class _GatherMultiplyScatter(torch.autograd.Function):
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, Tensor | None, None]:
         features, kernels = ctx.saved_tensors
-        rulebook: Rulebook = ctx.rulebook
-        wants_features, wants_kernels = ctx.needs_input_grad[:2]
+        rulebook: Rulebook = ctx.rulebook.transposed
+        identity = rulebook.identity
         grad = grad_outputs[0].contiguous()
-        grad_kernels = torch.zeros_like(kernels) if wants_kernels else None
-        if grad_kernels is not None and rulebook.identity is not None:
-            grad_kernels[:, rulebook.identity] = grad.t() @ features
-        sums = _start(grad, kernels, rulebook.identity, len(features)) if wants_features else None
-        for k, inputs, outputs in rulebook.steps:
-            gathered = grad.index_select(0, outputs)
-            if sums is not None:
-                sums.index_add_(0, inputs, (gathered @ kernels[:, k]).to(sums.dtype))
+        grad_features = torch.empty_like(features) if ctx.needs_input_grad[0] else None
+        grad_kernels = (
+            torch.zeros_like(kernels, dtype=_sum_type(kernels)) if ctx.needs_input_grad[1] else None
+        )
+        turned = kernels.transpose(1, 2).contiguous()  # (K, C_out, C_in)
+        gathered, room = rulebook.room(grad), rulebook.room(features)
+        if grad_kernels is not None and identity is not None:
+            grad_kernels[identity] = features.t() @ grad
+        for block in rulebook.blocks:
+            of_pairs = torch.index_select(grad, 0, block.inputs, out=gathered[: len(block.inputs)])
+            if grad_features is not None:
+                _multiply_scatter(grad, of_pairs, turned, identity, block, room, grad_features)
             if grad_kernels is not None:
-                grad_kernels[:, k] += gathered.t() @ features.index_select(0, inputs)
-        return None if sums is None else sums.to(features.dtype), grad_kernels, None
+                met = torch.index_select(features, 0, block.outputs, out=room[: len(block.outputs)])
+                for k, (own, own_grad) in enumerate(
+                    zip(met.split(block.lengths), of_pairs.split(block.lengths), strict=True)
+                ):
+                    if len(own):
+                        grad_kernels[k] += own.t() @ own_grad
+        return grad_features, None if grad_kernels is None else grad_kernels.to(kernels.dtype), None
 
 
-def _start(features: Tensor, kernels: Tensor, identity: int | None, num_rows: int) -> Tensor:
-    """What the sums begin with, at least in float32: a bfloat16 sum would lose small addends."""
-    dtype = torch.promote_types(features.dtype, torch.float32)
-    if identity is None:
-        return features.new_zeros(num_rows, kernels.shape[2], dtype=dtype)
-    return (features @ kernels[:, identity]).to(dtype)
+def _multiply_scatter(
+    features: Tensor,
+    gathered: Tensor,
+    kernels: Tensor,
+    identity: int | None,
+    block: Block,
+    room: Tensor,
+    result: Tensor,
+) -> None:
+    """Writes a block's rows of the result; `gathered` holds the features of its pairs, `room` takes products."""
+    products = room[: len(gathered)]
+    for kernel, own, into in zip(
+        kernels, gathered.split(block.lengths), products.split(block.lengths), strict=True
+    ):
+        if len(own):
+            torch.mm(own, kernel, out=into)
+    # Each site's products in one go: on a CPU far faster than adding them to scattered places.
+    sums = functional.embedding_bag(block.order, products.to(_sum_type(products)), block.starts, mode="sum")
+    rows = slice(block.first, block.last)
+    if identity is not None:
+        sums += features[rows] @ kernels[identity]
+    result[rows] = sums
+
+
+def _sum_type(tensor: Tensor) -> torch.dtype:
+    """At least float32: a bfloat16 sum would lose small addends."""
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def convolve_dense(
@@ -289,7 +372,7 @@ def _submanifold_rulebook(sites: Sites, kernel: Triple) -> Rulebook:
     later = [(site, neighbour) for neighbour, site in reversed(earlier)]
     pairs = [*earlier, (none, none), *later]
     inputs, outputs = zip(*pairs, strict=True)
-    return Rulebook(inputs, outputs, num_outputs=len(sites), identity=len(earlier))
+    return Rulebook(inputs, outputs, len(sites), len(sites), identity=len(earlier))
 
 
 def _strided_rulebook(
@@ -332,5 +415,7 @@ def _strided_rulebook(
                 inputs.append(found)
                 cells.append(part_zy.index_select(0, found) + part_x.index_select(0, found))
     out_cells, outputs = torch.cat(cells).unique(return_inverse=True)
-    rulebook = Rulebook(tuple(inputs), outputs.split([len(i) for i in inputs]), num_outputs=len(out_cells))
+    rulebook = Rulebook(
+        tuple(inputs), outputs.split([len(i) for i in inputs]), len(sites), num_outputs=len(out_cells)
+    )
     return Sites(out_cells, out_shape), rulebook
