@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from ..errors import ConfigError
+from .spconv_backend import convolve_spconv
 
 Triple = tuple[int, int, int]  # along z, y, x
 PAIRS_PER_BLOCK = 2**15  # fewer and the calls' own cost shows, more and a CPU's cache overflows
@@ -125,22 +126,27 @@ class Sites:
     Attributes:
         cells: (N,) int64, ascending and distinct: ((b * Z + z) * Y + y) * X + x.
         shape: (B, Z, Y, X).
+        by_spconv: layers on these sites, and on all that come of them, compute with spconv (spconv_backend.py).
     """
 
     cells: Tensor
     shape: tuple[int, int, int, int]
+    by_spconv: bool = False
     _submanifold: dict[Triple, Rulebook] = field(default_factory=dict, repr=False)
     _strided: dict[tuple[Triple, Triple, Triple], tuple[Sites, Rulebook]] = field(
         default_factory=dict, repr=False
     )
+    _spconv_tables: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def from_coordinates(cls, coordinates: Tensor, shape: tuple[int, int, int, int]) -> tuple[Sites, Tensor]:
+    def from_coordinates(
+        cls, coordinates: Tensor, shape: tuple[int, int, int, int], by_spconv: bool = False
+    ) -> tuple[Sites, Tensor]:
         """(N, 4) distinct rows of sample, z, y, x -> sites, and (N,) the order that sorts the rows."""
         sample, z, y, x = coordinates.long().unbind(dim=1)
         _, Z, Y, X = shape
         cells, order = (((sample * Z + z) * Y + y) * X + x).sort()
-        return cls(cells, shape), order
+        return cls(cells, shape, by_spconv), order
 
     def __len__(self) -> int:
         return len(self.cells)
@@ -199,6 +205,8 @@ class SubmanifoldConv3d(nn.Module):
         self.weight = nn.Parameter(_initial_weight(in_channels, out_channels, kernel))
 
     def forward(self, tensor: SparseTensor) -> SparseTensor:
+        if _suits_spconv(tensor, self.weight):
+            return _convolve_spconv(tensor, self.weight, (1, 1, 1), (0, 0, 0), submanifold=True)
         rulebook = tensor.sites.submanifold(self.kernel)
         return tensor.with_features(convolve(tensor.features, self.weight, rulebook))
 
@@ -222,6 +230,8 @@ class SparseConv3d(nn.Module):
         self.weight = nn.Parameter(_initial_weight(in_channels, out_channels, kernel))
 
     def forward(self, tensor: SparseTensor) -> SparseTensor:
+        if _suits_spconv(tensor, self.weight):
+            return _convolve_spconv(tensor, self.weight, self.stride, self.padding, submanifold=False)
         sites, rulebook = tensor.sites.strided(self.kernel, self.stride, self.padding)
         return SparseTensor(convolve(tensor.features, self.weight, rulebook), sites)
 
@@ -232,6 +242,34 @@ def _initial_weight(in_channels: int, out_channels: int, kernel: Triple) -> Tens
     return nn.init.normal_(
         weight, std=(2 / fan_in) ** 0.5
     )  # Kaiming, of the input; sites have few neighbours
+
+
+def _suits_spconv(tensor: SparseTensor, weight: Tensor) -> bool:
+    """spconv takes neither empty batches nor our layout of kernels that have one cell only."""
+    return tensor.sites.by_spconv and len(tensor.sites) > 0 and weight[0, ..., 0].numel() > 1
+
+
+def _convolve_spconv(
+    tensor: SparseTensor, weight: Tensor, stride: Triple, padding: Triple, submanifold: bool
+) -> SparseTensor:
+    sites = tensor.sites
+    features, coordinates = convolve_spconv(
+        tensor.features,
+        sites.coordinates().int(),
+        sites.shape,
+        weight,
+        stride,
+        padding,
+        submanifold,
+        sites._spconv_tables,
+    )
+    if submanifold:
+        return tensor.with_features(features)
+    kernel = (weight.shape[1], weight.shape[2], weight.shape[3])
+    out_sites, order = Sites.from_coordinates(
+        coordinates, _strided_shape(sites.shape, kernel, stride, padding), by_spconv=True
+    )
+    return SparseTensor(features.index_select(0, order), out_sites)
 
 
 def convolve(features: Tensor, weight: Tensor, rulebook: Rulebook) -> Tensor:
@@ -375,20 +413,27 @@ def _submanifold_rulebook(sites: Sites, kernel: Triple) -> Rulebook:
     return Rulebook(inputs, outputs, len(sites), len(sites), identity=len(earlier))
 
 
-def _strided_rulebook(
-    sites: Sites, kernel: Triple, stride: Triple, padding: Triple
-) -> tuple[Sites, Rulebook]:
-    B, *extents = sites.shape
-    out_extents = [
+def _strided_shape(
+    shape: tuple[int, int, int, int], kernel: Triple, stride: Triple, padding: Triple
+) -> tuple[int, int, int, int]:
+    B, *extents = shape
+    Z, Y, X = (
         (extent + 2 * p - k) // s + 1
         for extent, k, s, p in zip(extents, kernel, stride, padding, strict=True)
-    ]
-    if min(out_extents) < 1:
+    )
+    if min(Z, Y, X) < 1:
         raise ConfigError(
             f"a convolution with kernel {kernel} and padding {padding} (z, y, x) finds no place in a grid of "
             f"{tuple(extents)} cells; use fewer strided layers or smaller cells"
         )
-    out_shape = (B, out_extents[0], out_extents[1], out_extents[2])
+    return B, Z, Y, X
+
+
+def _strided_rulebook(
+    sites: Sites, kernel: Triple, stride: Triple, padding: Triple
+) -> tuple[Sites, Rulebook]:
+    out_shape = _strided_shape(sites.shape, kernel, stride, padding)
+    out_extents = out_shape[1:]
     sample, *axes = sites.coordinates().unbind(dim=1)
     weights = (out_extents[1] * out_extents[2], out_extents[2], 1)
     # By axis and place in the kernel: which sites stand there in some window, and its part of the index.

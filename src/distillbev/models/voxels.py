@@ -23,6 +23,7 @@ from .pillars import (
     flatten_batch,
 )
 from .sparse_conv import Sites, SparseConv3d, SparseTensor, SubmanifoldConv3d, Triple
+from .spconv_backend import built_for
 
 MVP_COLUMNS = 17
 ORIGIN_COLUMNS = 24
@@ -34,7 +35,8 @@ class SparseVoxelsConfig(Config, frozen=True):
     The defaults are the published ones, with cells of 0.1 m or 0.075 m. `channels` holds the width of each
     stage. The first `max_points` points of a voxel count, and the first voxels that points open; None lifts a
     limit. `by_origin` takes MVP's 17 columns (`data.virtual_points`) and averages measured points and those with
-    a class apart, as the released query teacher does; it had no limits.
+    a class apart, as the released query teacher does; it had no limits. `use_spconv`: on a GPU the sparse layers
+    compute with spconv where it is installed (`pip install spconv-cu126`, or of another CUDA); False keeps to torch.
     """
 
     channels: tuple[int, ...] = (16, 32, 64, 128)
@@ -48,6 +50,7 @@ class SparseVoxelsConfig(Config, frozen=True):
     max_points: int | None = 10
     max_voxels: int | None = 90_000
     max_voxels_eval: int | None = 120_000
+    use_spconv: bool = True
 
     def __post_init__(self) -> None:
         if not self.channels or min(*self.channels, self.out_channels) < 1 or self.blocks_per_stage < 0:
@@ -154,7 +157,8 @@ class SparseVoxels(nn.Module):
         # One layer more than there are voxels, as in the published encoders: it decides how layers pair up.
         sample, inside = cells // cells_per_sample, cells % cells_per_sample
         shape = (len(points), config.num_layers + 1, rows, columns)
-        return SparseTensor(features, Sites(sample * (shape[1] * rows * columns) + inside, shape))
+        by_spconv = config.use_spconv and features.is_cuda and built_for() == "cuda"
+        return SparseTensor(features, Sites(sample * (shape[1] * rows * columns) + inside, shape, by_spconv))
 
     def encode(self, voxels: SparseTensor) -> tuple[list[SparseTensor], Tensor]:
         """Voxels -> what each stage gave, and the map (B, C * Z, Y, X); channel c of layer z is c * Z + z."""
