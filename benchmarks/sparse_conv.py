@@ -3,8 +3,10 @@
     OMP_NUM_THREADS=1 python benchmarks/sparse_conv.py
 
 The clouds are drawn: ground rings of a 32-beam LiDAR among upright pillars, more sweeps for more voxels. With
-spconv installed (`pip install spconv`) the same layers run in it as well, forward only: its CPU build refuses
-the way back. Kept is what autograd holds between forward and backward; the peak is how far the process grows.
+spconv installed (`pip install spconv`) the same layers run in it as well, in turns with ours, forward only: its
+CPU build refuses the way back. Pairs are those of a 3x3x3 kernel on the input; times are CPU microseconds, memory is
+kilobytes, all for each voxel of the input. Kept is what autograd holds between forward and backward; the peak is how
+far the process grows.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import importlib.util
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -61,15 +64,16 @@ def lidar_like_points(num_sweeps: int, seed: int = 0) -> Tensor:
     return torch.cat(clouds)
 
 
-def seconds(run: Callable[[], object], repeats: int) -> float:
-    """CPU seconds of the shortest of several runs, after one to warm up; others on the machine count little."""
-    best = float("inf")
-    for i in range(repeats + 1):
-        start = time.process_time()
-        run()
-        if i > 0:
-            best = min(best, time.process_time() - start)
-    return best
+def seconds_in_turns(runs: list[Callable[[], object]], turns: int) -> list[list[float]]:
+    """CPU seconds of each turn of each run, after one to warm up; what else the machine does meets all alike."""
+    times: list[list[float]] = [[] for _ in runs]
+    for turn in range(turns + 1):
+        for run, own in zip(runs, times, strict=True):
+            start = time.process_time()
+            run()
+            if turn > 0:
+                own.append(time.process_time() - start)
+    return times
 
 
 def peak_growth_bytes(run: Callable[[], object]) -> int:
@@ -126,7 +130,7 @@ def spconv_encoder(encoder: SparseVoxels) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--sweeps", type=int, nargs="+", default=[1, 2, 4, 8, 16])
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--bf16", action="store_true", help="run ours under bfloat16 autocast")
     arguments = parser.parse_args()
@@ -136,10 +140,10 @@ def main() -> None:
     encoder = SparseVoxels(config, BevGrid(cell_m=0.1)).eval()
     theirs = spconv_encoder(encoder).eval() if importlib.util.find_spec("spconv") else None
 
-    print("microseconds and kilobytes per voxel of the input; seconds where it says s")
-    print(
-        "  voxels  pairs/v  voxelise rulebook  forward  fwd+bwd  spconv-fwd  kB-kept  kB-peak   fwd-s  both-s"
-    )
+    print(f"{arguments.threads} thread(s), torch {torch.__version__}, medians of {arguments.turns} turns")
+    print()
+    print("| voxels | pairs | voxelise | forward | spconv | spconv / ours | with backward | kept | peak |")
+    print("|---" * 9 + "|")
     for num_sweeps in arguments.sweeps:
         points = [lidar_like_points(num_sweeps)]
         voxels = encoder.voxelise(points)
@@ -172,12 +176,11 @@ def main() -> None:
             bev = forward()
         kept_bytes = sum(kept.values())
         del bev
-        voxelise_s = seconds(lambda points=points: encoder.voxelise(points), arguments.repeats)
-        rulebook_s = seconds(lambda fresh=fresh: fresh().sites.submanifold(KERNEL), arguments.repeats)
-        forward_s = seconds(forward_only, arguments.repeats)
-        both_s = seconds(both, arguments.repeats)
-        peak = peak_growth_bytes(both)
-        spconv_us = f"{'-':>10}"
+        runs: list[Callable[[], object]] = [
+            lambda points=points: encoder.voxelise(points),
+            both,
+            forward_only,
+        ]
         if theirs is not None:
             import spconv.pytorch as spconv
 
@@ -187,12 +190,19 @@ def main() -> None:
                 with torch.no_grad():
                     theirs(spconv.SparseConvTensor(voxels.features, indices, list(voxels.sites.shape[1:]), 1))
 
-            spconv_us = f"{seconds(run, arguments.repeats) / num * 1e6:10.2f}"
-        per_voxel = [f"{s / num * 1e6:8.2f}" for s in (voxelise_s, rulebook_s, forward_s, both_s)]
-        memory = [f"{b / num / 1024:7.2f}" for b in (kept_bytes, peak)]
-        pairs = sites.submanifold(KERNEL).num_pairs / num
-        print(f"{num:8d}  {pairs:7.2f}  {' '.join(per_voxel)}  {spconv_us}  {'  '.join(memory)}", end="")
-        print(f"  {forward_s:6.3f}  {both_s:9.3f}", flush=True)
+            runs.append(run)
+        voxelise, with_backward, ours, *spconv_times = seconds_in_turns(runs, arguments.turns)
+        per_voxel = [f"{median(times) / num * 1e6:.1f}" for times in (voxelise, ours, *spconv_times)]
+        if spconv_times:
+            ratios = [a / b for a, b in zip(spconv_times[0], ours, strict=True)]
+            per_voxel.append(f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+        else:
+            per_voxel += ["", ""]
+        per_voxel.append(f"{median(with_backward) / num * 1e6:.1f}")
+        peak = peak_growth_bytes(both)
+        memory = [f"{b / num / 1024:.1f}" for b in (kept_bytes, peak)]
+        pairs = f"{sites.submanifold(KERNEL).num_pairs / num:.2f}"
+        print("| " + " | ".join([f"{num:,}", pairs, *per_voxel, *memory]) + " |", flush=True)
 
 
 if __name__ == "__main__":
