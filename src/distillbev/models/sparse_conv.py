@@ -35,17 +35,14 @@ class Block:
     """The pairs that add to the output sites from `first` to before `last`.
 
     Attributes:
-        lengths: number of pairs of each kernel cell.
-        inputs, outputs: (P,) the sites of each pair, kernel cell by kernel cell.
-        order: (P,) the pairs sorted by output site.
+        steps: kernel cell, input sites and output sites of its pairs; cells without pairs are left out.
+        order: (P,) the pairs, counted through all steps, sorted by output site.
         starts: (last - first,) where each output site's pairs begin in `order`.
     """
 
     first: int
     last: int
-    lengths: list[int]
-    inputs: Tensor
-    outputs: Tensor
+    steps: list[tuple[int, Tensor, Tensor]]
     order: Tensor
     starts: Tensor
 
@@ -94,23 +91,14 @@ class Rulebook:
             place = torch.cat([places[k][cut] for k, cut in enumerate(cuts)]) - first_pair
             order = torch.empty_like(place, dtype=torch.int32)
             order[place] = torch.arange(len(place), dtype=torch.int32, device=device)
-            blocks.append(
-                Block(
-                    first,
-                    last,
-                    [cut.stop - cut.start for cut in cuts],
-                    torch.cat([self.inputs[k][cut] for k, cut in enumerate(cuts)]).int(),
-                    torch.cat([self.outputs[k][cut] for k, cut in enumerate(cuts)]).int(),
-                    order,
-                    (starts[first:last] - first_pair).int(),
-                )
-            )
+            steps = [
+                (k, self.inputs[k][cut], self.outputs[k][cut])
+                for k, cut in enumerate(cuts)
+                if cut.start < cut.stop
+            ]
+            blocks.append(Block(first, last, steps, order, (starts[first:last] - first_pair).int()))
             first_pair += len(place)
         return blocks
-
-    def room(self, like: Tensor) -> Tensor:
-        """Room for the features of any block's pairs; one for all, as memory costs more to get than to fill."""
-        return like.new_empty(max(len(block.inputs) for block in self.blocks), like.shape[1])
 
     @property
     def num_pairs(self) -> int:
@@ -299,12 +287,7 @@ class _GatherMultiplyScatter(torch.autograd.Function):
     def forward(ctx: Any, features: Tensor, kernels: Tensor, rulebook: Rulebook) -> Tensor:
         ctx.save_for_backward(features, kernels)
         ctx.rulebook = rulebook
-        result = features.new_empty(rulebook.num_outputs, kernels.shape[2])
-        gathered, products = rulebook.room(features), rulebook.room(result)
-        for block in rulebook.blocks:
-            of_pairs = torch.index_select(features, 0, block.inputs, out=gathered[: len(block.inputs)])
-            _multiply_scatter(features, of_pairs, kernels, rulebook.identity, block, products, result)
-        return result
+        return _apply(features, kernels, rulebook)
 
     @staticmethod
     @once_differentiable
@@ -312,53 +295,43 @@ class _GatherMultiplyScatter(torch.autograd.Function):
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, Tensor | None, None]:
         features, kernels = ctx.saved_tensors
-        rulebook: Rulebook = ctx.rulebook.transposed
-        identity = rulebook.identity
+        rulebook: Rulebook = ctx.rulebook
         grad = grad_outputs[0].contiguous()
-        grad_features = torch.empty_like(features) if ctx.needs_input_grad[0] else None
-        grad_kernels = (
-            torch.zeros_like(kernels, dtype=_sum_type(kernels)) if ctx.needs_input_grad[1] else None
-        )
-        turned = kernels.transpose(1, 2).contiguous()  # (K, C_out, C_in)
-        gathered, room = rulebook.room(grad), rulebook.room(features)
-        if grad_kernels is not None and identity is not None:
-            grad_kernels[identity] = features.t() @ grad
-        for block in rulebook.blocks:
-            of_pairs = torch.index_select(grad, 0, block.inputs, out=gathered[: len(block.inputs)])
-            if grad_features is not None:
-                _multiply_scatter(grad, of_pairs, turned, identity, block, room, grad_features)
-            if grad_kernels is not None:
-                met = torch.index_select(features, 0, block.outputs, out=room[: len(block.outputs)])
-                for k, (own, own_grad) in enumerate(
-                    zip(met.split(block.lengths), of_pairs.split(block.lengths), strict=True)
-                ):
-                    if len(own):
-                        grad_kernels[k] += own.t() @ own_grad
-        return grad_features, None if grad_kernels is None else grad_kernels.to(kernels.dtype), None
+        grad_features = grad_kernels = None
+        if ctx.needs_input_grad[0]:
+            grad_features = _apply(grad, kernels.transpose(1, 2).contiguous(), rulebook.transposed)
+        if ctx.needs_input_grad[1]:
+            sums = torch.zeros_like(kernels, dtype=_sum_type(kernels))
+            if rulebook.identity is not None:
+                sums[rulebook.identity] = features.t() @ grad
+            for block in rulebook.blocks:
+                for k, inputs, outputs in block.steps:
+                    sums[k] += features.index_select(0, inputs).t() @ grad.index_select(0, outputs)
+            grad_kernels = sums.to(kernels.dtype)
+        return grad_features, grad_kernels, None
 
 
-def _multiply_scatter(
-    features: Tensor,
-    gathered: Tensor,
-    kernels: Tensor,
-    identity: int | None,
-    block: Block,
-    room: Tensor,
-    result: Tensor,
-) -> None:
-    """Writes a block's rows of the result; `gathered` holds the features of its pairs, `room` takes products."""
-    products = room[: len(gathered)]
-    for kernel, own, into in zip(
-        kernels, gathered.split(block.lengths), products.split(block.lengths), strict=True
-    ):
-        if len(own):
-            torch.mm(own, kernel, out=into)
-    # Each site's products in one go: on a CPU far faster than adding them to scattered places.
-    sums = functional.embedding_bag(block.order, products.to(_sum_type(products)), block.starts, mode="sum")
-    rows = slice(block.first, block.last)
-    if identity is not None:
-        sums += features[rows] @ kernels[identity]
-    result[rows] = sums
+def _apply(features: Tensor, kernels: Tensor, rulebook: Rulebook) -> Tensor:
+    """Features (N, C_in) of the input sites, kernels (K, C_in, C_out) -> (num_outputs, C_out)."""
+    result = features.new_empty(rulebook.num_outputs, kernels.shape[2])
+    # Memory costs more to get than to fill: what one step gathers and one block multiplies is got once.
+    most = max((len(inputs) for block in rulebook.blocks for _, inputs, _ in block.steps), default=0)
+    room = features.new_empty(most, features.shape[1])
+    products = features.new_empty(max(len(block.order) for block in rulebook.blocks), kernels.shape[2])
+    for block in rulebook.blocks:
+        done = 0
+        for k, inputs, _ in block.steps:
+            gathered = torch.index_select(features, 0, inputs, out=room[: len(inputs)])
+            torch.mm(gathered, kernels[k], out=products[done : done + len(inputs)])
+            done += len(inputs)
+        # Each site's products in one go: on a CPU far faster than adding them to scattered places.
+        wide = products[:done].to(_sum_type(products))
+        sums = functional.embedding_bag(block.order, wide, block.starts, mode="sum")
+        rows = slice(block.first, block.last)
+        if rulebook.identity is not None:
+            sums += features[rows] @ kernels[rulebook.identity]
+        result[rows] = sums
+    return result
 
 
 def _sum_type(tensor: Tensor) -> torch.dtype:
