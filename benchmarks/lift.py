@@ -25,13 +25,16 @@ from distillbev.models.lift import (
 from distillbev.recipes import tiny_bevdet
 
 
-def median_ms(work: Callable[[], object], repeats: int = 10) -> float:
-    times = []
-    for _ in range(repeats + 2):
-        start = time.process_time()
-        work()
-        times.append(1000 * (time.process_time() - start))
-    return statistics.median(times[2:])
+def median_ms(works: list[Callable[[], object]], turns: int = 10) -> list[float]:
+    """CPU milliseconds of each, all taking turns: what else the machine does meets all alike."""
+    times: list[list[float]] = [[] for _ in works]
+    for turn in range(turns + 2):
+        for work, own in zip(works, times, strict=True):
+            start = time.process_time()
+            work()
+            if turn > 1:
+                own.append(1000 * (time.process_time() - start))
+    return [statistics.median(own) for own in times]
 
 
 def ring_of_cameras(samples: int, image_hw_px: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -68,11 +71,18 @@ def time_lift(
     probs = torch.rand(samples, 6, bins.count, H, W).requires_grad_()
     context = torch.randn(samples, 6, channels, H, W).requires_grad_()
     grad = torch.randn(samples, channels, *grid.shape)
-    print(f"{name}: {cells.numel()} points, geometry {median_ms(geometry):.1f} ms")
-    for splat in (lift_splat, lift_splat_by_volume):
-        forward = median_ms(lambda splat=splat: splat(probs, context, cells, grid))
-        both = median_ms(lambda splat=splat: splat(probs, context, cells, grid).backward(grad))
-        print(f"  {splat.__name__}: forward {forward:.1f} ms, with backward {both:.1f} ms")
+    splats = (lift_splat, lift_splat_by_volume)
+    forward = [lambda splat=splat: splat(probs, context, cells, grid) for splat in splats]
+    both = [lambda work=work: work().backward(grad) for work in forward]
+    (geometry_ms,) = median_ms([geometry])
+    for splat, *figures in zip(splats, median_ms(forward), median_ms(both), strict=True):
+        row = [
+            name,
+            f"{cells.numel():,}",
+            f"`{splat.__name__}`",
+            *(f"{ms:.1f}" for ms in (geometry_ms, *figures)),
+        ]
+        print("| " + " | ".join(row) + " |", flush=True)
 
 
 def time_student() -> None:
@@ -90,24 +100,26 @@ def time_student() -> None:
         image_aug=torch.eye(4).repeat(2, 6, 1, 1),
         bev_aug=torch.eye(4).repeat(2, 1, 1),
         lidar2global=torch.eye(4, dtype=torch.float64).repeat(2, 1, 1),
-        points=None,
+        points=[(torch.rand(20_000, 5) - 0.5) * torch.tensor([50.0, 50.0, 4.0, 1.0, 0.0]) for _ in range(2)],
         boxes=[Boxes3D(rows, torch.zeros(12, dtype=torch.int64)) for rows in boxes],
     )
 
-    def step() -> None:
+    def step(half: bool) -> None:
         detector.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
             terms = detector.loss(detector(batch), batch)
         torch.stack(list(terms.values())).sum().backward()
 
     parameters = sum(p.numel() for p in detector.parameters())
-    for half in (True, False):
-        name = "bfloat16" if half else "float32"
-        print(f"tiny student, {parameters} parameters, 2 samples, {name}: step {median_ms(step):.0f} ms")
+    half_ms, full_ms = median_ms([lambda: step(True), lambda: step(False)], turns=5)
+    print(f"\nA training step of the tiny student, {parameters:,} parameters, 2 samples: ", end="")
+    print(f"{half_ms:.0f} ms in bfloat16, {full_ms:.0f} ms in float32.")
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
+    print("| size | points | way | geometry ms | forward ms | with backward ms |")
+    print("|---" * 6 + "|")
     small = BevGrid(x_range_m=(-25.6, 25.6), y_range_m=(-25.6, 25.6), cell_m=0.8)
     bins = DepthBins(start_m=1.0, stop_m=37.0, step_m=0.9)
     time_lift("demo, 2 samples", 2, (96, 256), 8, 48, bins, small)
