@@ -1,6 +1,6 @@
 """Trains and scores the tiny twins of the paper's twelve rows and of their teachers, and writes the table.
 
-Run: python benchmarks/twelve_rows.py OUT [--steps 500] [--seeds 2]
+Run: python benchmarks/twelve_rows.py OUT [--steps 500] [--seeds 2] [--table]
 
 Everything goes through the command line, as a user's runs do; finished runs are kept. OUT/twelve_rows.md holds the
 table, OUT/summary.json the figures, OUT/logs what each run printed. A student is taught by the teacher of its own seed.
@@ -26,7 +26,7 @@ STUDENTS = {
     "tiny_bevdepth": ("centerpoint", "mvp"),
     "tiny_bevformer": ("lidarformer", "mvpformer"),
 }
-TEACHERS = ("centerpoint", "mvp", "lidarformer", "mvpformer")
+TEACHERS = tuple(dict.fromkeys(teacher for teachers in STUDENTS.values() for teacher in teachers))
 # What differs from the named recipes: lifted maps are compressed, a single frame's velocities weigh as much as those
 # of two frames, and those that a teacher guesses from one sweep are not imitated.
 CONVOLUTIONAL = ("student.lift.compression=10",)
@@ -131,6 +131,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--table", action="store_true", help="run nothing; the table of what is finished")
     arguments = parser.parse_args()
     rows = Rows(arguments.out, arguments.steps)
     if not (rows.world / "virtual_points").is_dir():
@@ -139,18 +140,25 @@ def main() -> None:
 
     seeds = range(arguments.seeds)
     jobs = [rows.depth_job(student) for student in STUDENTS if student != "tiny_bevformer"]
-    for seed in seeds:
-        jobs += [rows.teacher_job(teacher, seed) for teacher in TEACHERS]
-        for student, teachers in STUDENTS.items():
-            jobs += [rows.student_job(student, teacher, seed) for teacher in (None, *teachers)]
-        jobs += [rows.student_job("tiny_bevdet", "centerpoint", seed, variant) for variant in VARIANTS]
-    run_jobs(jobs, slots=2, logs=arguments.out / "logs")
-
     recipes = [f"tiny_{teacher}" for teacher in TEACHERS]
+    for seed in seeds:
+        for student, teachers in STUDENTS.items():
+            jobs += [rows.teacher_job(teacher, seed) for teacher in teachers]
+            jobs += [rows.student_job(student, teacher, seed) for teacher in (None, *teachers)]
     for student, teachers in STUDENTS.items():
         recipes += [student, *(f"{student}_from_{teacher}" for teacher in teachers)]
-    recipes += [f"tiny_bevdet_from_centerpoint-{variant}" for variant in VARIANTS]
-    summary = {recipe: [rows.figures(f"{recipe}-seed{seed}") for seed in seeds] for recipe in recipes}
+    for variant in VARIANTS:
+        jobs += [rows.student_job("tiny_bevdet", "centerpoint", seed, variant) for seed in seeds]
+        recipes.append(f"tiny_bevdet_from_centerpoint-{variant}")
+    if not arguments.table:
+        run_jobs(list({job.name: job for job in jobs}.values()), slots=2, logs=arguments.out / "logs")
+
+    names = {recipe: [f"{recipe}-seed{seed}" for seed in seeds] for recipe in recipes}
+    summary = {
+        recipe: [rows.figures(name) for name in runs if rows.scored(name).exists()]
+        for recipe, runs in names.items()
+    }
+    summary = {recipe: runs for recipe, runs in summary.items() if runs}
     (arguments.out / "summary.json").write_text(json.dumps(summary, indent=2))
     table = table_of(summary, arguments.steps)
     (arguments.out / "twelve_rows.md").write_text(table)
@@ -160,7 +168,7 @@ def main() -> None:
 def table_of(summary: dict[str, list[dict[str, float]]], steps: int) -> str:
     """One line per recipe, means over seeds; of mAP and velocity error each seed as well."""
     lines = [
-        f"{steps} steps each; seeds: {len(next(iter(summary.values())))}.",
+        f"{steps} steps each; seeds 0 to {max(map(len, summary.values())) - 1}.",
         "",
         "| recipe | s per step | peak GB | mAP | by seed | NDS | mAVE m/s | car AVE m/s | by seed |",
         "|---|---|---|---|---|---|---|---|---|",
