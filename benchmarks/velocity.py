@@ -1,6 +1,6 @@
 """Can a student read velocity off two maps? Its eyes are replaced by maps that say where things are.
 
-Run: python benchmarks/velocity.py WORLD OUT [--steps 400]
+Run: python benchmarks/velocity.py WORLD OUT [--steps 400] [--maps centres,points]
 
 WORLD is a simulated dataset with the splits train and val (that of benchmarks/twelve_rows.py). In place of lifted
 images the tiny BEVDet gets, of every frame, either the annotated centres by class ("centres") or the LiDAR points of
@@ -107,6 +107,7 @@ def main() -> None:
     parser.add_argument("world", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--maps", default="centres,points")
     arguments = parser.parse_args()
     world = NuScenes(arguments.world)
     # A displacement over half a second weighs twice as much as the same velocity in m/s.
@@ -122,8 +123,9 @@ def main() -> None:
         "| maps | student | mAP | car AVE m/s | pedestrian AVE m/s |",
         "|---|---|---|---|---|",
     ]
-    for maps, draw in {"centres": draw_centres(world), "points": draw_points(world)}.items():
-        replace_eyes(draw)
+    draws = {"centres": draw_centres, "points": draw_points}
+    for maps in arguments.maps.split(","):
+        replace_eyes(draws[maps](world))
         for name, (history, weight) in histories.items():
             run = arguments.out / f"{maps}, {name}".replace(", ", "-").replace(" ", "_")
             train(student(history, weight, arguments.world, arguments.steps), run)
