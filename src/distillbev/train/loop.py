@@ -320,10 +320,11 @@ def parameter_groups(objective: nn.Module, optim: OptimConfig) -> list[dict[str,
     return groups if backbone else groups[:2]
 
 
-def backbone_of(detector: Student | Teacher) -> nn.Module:
+def backbone_of(detector: object) -> nn.Module:
     """What looks at the sensor first: a student's image backbone, a teacher's point encoder."""
     if isinstance(detector, Student):
         return detector.image_encoder.backbone
+    assert isinstance(detector, Teacher), "an experiment trains one of ours"
     return detector.pillars if isinstance(detector, CenterPoint) else detector.points
 
 
