@@ -101,7 +101,7 @@ class Rows:
         else:
             more += ["--start", self.run(f"{eyes}_depth")]
             changes = CONVOLUTIONAL + (SINGLE_FRAME if student == "tiny_bevdet" else ())
-            changes += IMITATING if teacher is not None and variant != "features" else ()
+            changes += IMITATING if teacher is not None else ()
             changes += VARIANTS[variant] if variant is not None else ()
         if teacher is not None:
             more += ["--teacher", self.run(f"tiny_{teacher}-seed{seed}")]
