@@ -4,10 +4,10 @@ Run: OMP_NUM_THREADS=1 python benchmarks/lift.py
 """
 
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
+from sparse_conv import seconds_in_turns
 from torch import Tensor
 
 from distillbev.boxes import Boxes3D
@@ -27,14 +27,7 @@ from distillbev.recipes import tiny_bevdet
 
 def median_ms(works: list[Callable[[], object]], turns: int = 10) -> list[float]:
     """CPU milliseconds of each, all taking turns: what else the machine does meets all alike."""
-    times: list[list[float]] = [[] for _ in works]
-    for turn in range(turns + 2):
-        for work, own in zip(works, times, strict=True):
-            start = time.process_time()
-            work()
-            if turn > 1:
-                own.append(1000 * (time.process_time() - start))
-    return [statistics.median(own) for own in times]
+    return [1000 * statistics.median(own) for own in seconds_in_turns(works, turns)]
 
 
 def ring_of_cameras(samples: int, image_hw_px: tuple[int, int]) -> tuple[Tensor, Tensor]:
