@@ -40,6 +40,20 @@ def test_fast_sampling_is_the_slow_one_with_gradients_also_outside_the_maps() ->
         torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-5)
 
 
+def test_what_the_places_show_is_not_kept_for_the_way_back() -> None:
+    value = torch.randn(1, 4, 1, 64, requires_grad=True)
+    places, weights = (torch.rand(1, 50, 1, 1, 8, *last).requires_grad_() for last in ((2,), ()))
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        kept[tensor.data_ptr()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        sample_deformably(value, [(2, 2)], places, weights)
+    assert sum(kept.values()) < 64 * weights.numel() / 4  # a number per channel and place would be 64 times
+
+
 def test_a_place_at_a_cell_s_centre_reads_that_cell() -> None:
     value = torch.arange(12.0).view(1, 12, 1, 1)
     places = cell_reference((3, 4)).view(1, 12, 1, 1, 1, 2)

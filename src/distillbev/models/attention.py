@@ -14,12 +14,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 Shapes = Sequence[tuple[int, int]]
+BILINEAR, ZEROS_OUTSIDE = 0, 0  # of grid_sampler_2d
 
 
 def sample_deformably(value: Tensor, shapes: Shapes, places: Tensor, weights: Tensor) -> Tensor:
@@ -35,18 +38,47 @@ def sample_deformably(value: Tensor, shapes: Shapes, places: Tensor, weights: Te
         (B, Q, C), heads side by side; fp32, since bf16 could not tell neighbouring cells apart.
     """
     B, Q, M = places.shape[:3]
-    grid = (2 * places.float() - 1).permute(0, 2, 3, 1, 4, 5).flatten(0, 1)  # (B*M, L, Q, P, 2)
-    shares = weights.float().permute(0, 2, 3, 1, 4).flatten(0, 1)  # (B*M, L, Q, P)
+    # Queries last: the sums over points then run along them.
+    grid = (2 * places.float() - 1).permute(0, 2, 3, 4, 1, 5).flatten(0, 1)  # (B*M, L, P, Q, 2)
+    shares = weights.float().permute(0, 2, 3, 4, 1).flatten(0, 1)  # (B*M, L, P, Q)
     result: Tensor | None = None
     for level, level_value in enumerate(
         value.float().split([rows * columns for rows, columns in shapes], dim=1)
     ):
         maps = level_value.permute(0, 2, 3, 1).reshape(B * M, -1, *shapes[level])  # (B*M, C/M, H, W)
-        samples = functional.grid_sample(maps, grid[:, level], align_corners=False)  # (B*M, C/M, Q, P)
-        summed = (samples * shares[:, None, level]).sum(dim=-1)
+        summed = WeightedSamples.apply(maps, grid[:, level], shares[:, level])
         result = summed if result is None else result + summed
     assert result is not None, shapes
     return result.reshape(B, -1, Q).transpose(1, 2)
+
+
+class WeightedSamples(torch.autograd.Function):
+    """Maps (N, C, H, W), grid (N, P, Q, 2) from -1 to 1, shares (N, P, Q) -> sums over the points (N, C, Q).
+
+    The single samples, C/M numbers for each place, would be most of what a training step of BEVFormer keeps. They are
+    taken again on the way back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, maps: Tensor, grid: Tensor, shares: Tensor) -> Tensor:
+        ctx.save_for_backward(maps, grid, shares)
+        samples = functional.grid_sample(maps, grid, align_corners=False)  # (N, C, P, Q)
+        return samples.mul_(shares[:, None]).sum(dim=2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        (gradient,) = grad_outputs
+        maps, grid, shares = ctx.saved_tensors
+        samples = functional.grid_sample(maps, grid, align_corners=False)
+        of_shares = samples.mul_(gradient[:, :, None]).sum(dim=1)
+        of_samples = torch.mul(gradient[:, :, None], shares[:, None], out=samples)
+        of_maps, of_grid = torch.ops.aten.grid_sampler_2d_backward(
+            of_samples, maps, grid, BILINEAR, ZEROS_OUTSIDE, False, (True, True)
+        )
+        return of_maps, of_grid, of_shares
 
 
 def sample_deformably_by_loop(value: Tensor, shapes: Shapes, places: Tensor, weights: Tensor) -> Tensor:
