@@ -1,6 +1,6 @@
 """One training step of every full-size recipe: parameters, FLOPs, seconds and peak memory, as a table.
 
-Run: python benchmarks/full_size.py ROOT [--recipes bevdet_r50,...] [--batch 1]
+Run: python benchmarks/full_size.py ROOT [--recipes bevdet_r50,...] [--batch 1] [--set KEY=VALUE ...]
 
 ROOT is any nuScenes folder; one real key frame is enough. Every recipe runs in a process of its own. Teachers have
 fresh weights, MVP's masks are the rectangles around the annotated boxes: neither changes what a step costs much.
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from distillbev.boxes import box_corners
 from distillbev.classes import CLASSES
+from distillbev.config import with_overrides
 from distillbev.data.samples import NuScenes
 from distillbev.data.schema import Batch
 from distillbev.data.virtual_points import VirtualPointsConfig, prepare_folder
@@ -54,10 +56,13 @@ def main() -> None:
     parser.add_argument("root", type=Path)
     parser.add_argument("--recipes", default=",".join(recipe.__name__ for recipe in PUBLISHED))
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument(
+        "--set", action="append", default=[], help="change of every recipe, as in `distillbev train`"
+    )
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        print(json.dumps(measure(arguments.recipes, arguments.root, arguments.batch)))
+        print(json.dumps(measure(arguments.recipes, arguments.root, arguments.batch, arguments.set)))
         return
     unit = "GPU" if torch.cuda.is_available() else "CPU"
     print(
@@ -67,9 +72,17 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     for name in arguments.recipes.split(","):
         command = [sys.executable, __file__, str(arguments.root), "--recipes", name, "--one"]
-        done = subprocess.run([*command, "--batch", str(arguments.batch)], capture_output=True, text=True)
+        command += [
+            "--batch",
+            str(arguments.batch),
+            *(part for change in arguments.set for part in ("--set", change)),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            print(f"| `{name}` | failed: {done.stderr.strip().splitlines()[-1]} |", flush=True)
+            why = (
+                done.stderr.strip().splitlines() or [f"ended by signal {-done.returncode}; out of memory?"]
+            )[-1]
+            print(f"| `{name}` | failed: {why} |", flush=True)
             continue
         row = json.loads(done.stdout.splitlines()[-1])
         reference = REFERENCE_PARAMETERS.get(name)
@@ -80,11 +93,11 @@ def main() -> None:
         )
 
 
-def measure(name: str, root: Path, batch_size: int) -> dict[str, float]:
+def measure(name: str, root: Path, batch_size: int, changes: Sequence[str]) -> dict[str, float]:
     """One forward and backward pass of a recipe's whole objective on the dataset's first frames."""
     recipe = {recipe.__name__: recipe for recipe in PUBLISHED}[name]
     with tempfile.TemporaryDirectory() as folder:
-        experiment = on_one_batch(recipe(), root, batch_size, Path(folder))
+        experiment = on_one_batch(with_overrides(recipe(), changes), root, batch_size, Path(folder))
         with torch.device("meta"):
             parameters = sum(p.numel() for p in build_detector(experiment).parameters())
 

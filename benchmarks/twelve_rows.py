@@ -81,6 +81,7 @@ VARIANTS = {
     "one_frame": Variant(
         "tiny_bevdepth", None, ("student.history=null", "data.past=null", *SINGLE_FRAME), from_depth=True
     ),
+    "uncompressed": Variant("tiny_bevdepth", None, ("student.lift.compression=null",)),
     "uncorrelated": Variant(
         "tiny_bevdepth", None, ("student.history.correlation_cells=null",), from_depth=True
     ),

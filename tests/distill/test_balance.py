@@ -16,8 +16,8 @@ from toys import (
 
 from distillbev.boxes import Boxes3D
 from distillbev.distill.balance import BalanceConfig, GradientBalance, balance_factors
-from distillbev.distill.distiller import DistillConfig, Distiller
-from distillbev.distill.settings import FalsePositiveConfig, TapConfig, TermConfig
+from distillbev.distill.distiller import Distiller
+from distillbev.distill.settings import DistillConfig, FalsePositiveConfig, TapConfig, TermConfig
 from distillbev.errors import ConfigError
 
 TAPS = (

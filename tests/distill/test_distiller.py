@@ -27,23 +27,21 @@ from toys import (
 from distillbev.boxes import Boxes3D
 from distillbev.distill.adapters import IdentityAdapterConfig, LayeredAdapterConfig
 from distillbev.distill.attention import AttentionConfig
-from distillbev.distill.distiller import (
-    DistillConfig,
-    Distiller,
-    clean,
-    gradient_norms,
-    released_bevdepth4d,
-    released_bevformer,
-)
+from distillbev.distill.balance import gradient_norms
+from distillbev.distill.distiller import Distiller
 from distillbev.distill.masks import ContextConfig, RegionConfig
 from distillbev.distill.settings import (
     AffinityTermConfig,
     AttentiveCells,
+    DistillConfig,
     FalsePositiveConfig,
     PseudoLabelConfig,
     RelationTermConfig,
     TapConfig,
     TermConfig,
+    clean,
+    released_bevdepth4d,
+    released_bevformer,
 )
 from distillbev.distill.teacher import TeacherCacheConfig
 from distillbev.distill.terms import ChannelStandardiseConfig, LayerNormConfig

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from distillbev.distill.distiller import inherit_head
+from distillbev.distill.inheritance import inherit_head
 from distillbev.errors import ConfigError
 from distillbev.grid import BevGrid
 from distillbev.models.center_head import CenterHead, CenterHeadConfig

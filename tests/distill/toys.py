@@ -9,8 +9,14 @@ from torch import Tensor, nn
 from distillbev.boxes import Boxes3D
 from distillbev.data.schema import Batch
 from distillbev.distill.adapters import LayeredAdapterConfig
-from distillbev.distill.distiller import DistillConfig, Distiller
-from distillbev.distill.settings import AttentionTermConfig, FalsePositiveConfig, TapConfig, TermConfig
+from distillbev.distill.distiller import Distiller
+from distillbev.distill.settings import (
+    AttentionTermConfig,
+    DistillConfig,
+    FalsePositiveConfig,
+    TapConfig,
+    TermConfig,
+)
 from distillbev.grid import BevGrid
 from distillbev.models.outputs import BevMap
 

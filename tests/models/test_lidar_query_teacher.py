@@ -6,7 +6,9 @@ import torch
 
 from distillbev.boxes import Boxes3D
 from distillbev.data.schema import Batch
-from distillbev.distill.distiller import Distiller, inherit_head, released_bevformer
+from distillbev.distill.distiller import Distiller
+from distillbev.distill.inheritance import inherit_head
+from distillbev.distill.settings import released_bevformer
 from distillbev.errors import ConfigError, DataError
 from distillbev.grid import BevGrid
 from distillbev.models.bevformer import BevFormer, BevFormerConfig, EncoderConfig

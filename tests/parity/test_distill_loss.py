@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from distillbev.boxes import Boxes3D
 from distillbev.distill.attention import channel_attention, shared_attention, spatial_attention
-from distillbev.distill.distiller import DistillConfig, Distiller, released_bevdepth4d
+from distillbev.distill.distiller import Distiller
 from distillbev.distill.masks import Regions, false_positives, foreground_of_boxes, pad_boxes, split_regions
+from distillbev.distill.settings import DistillConfig, released_bevdepth4d
 from distillbev.grid import BevGrid
 from distillbev.models.outputs import BevMap
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from distillbev.boxes import Boxes3D
 from distillbev.distill.attention import shared_attention
-from distillbev.distill.distiller import DistillConfig, Distiller, released_bevdepth4d, released_bevformer
+from distillbev.distill.distiller import Distiller
 from distillbev.distill.masks import (
     ContextConfig,
     Regions,
@@ -29,7 +29,14 @@ from distillbev.distill.masks import (
     pad_boxes,
     split_regions,
 )
-from distillbev.distill.settings import AffinityTermConfig, AttentiveCells, FalsePositiveConfig
+from distillbev.distill.settings import (
+    AffinityTermConfig,
+    AttentiveCells,
+    DistillConfig,
+    FalsePositiveConfig,
+    released_bevdepth4d,
+    released_bevformer,
+)
 from distillbev.grid import BevGrid
 from distillbev.models.outputs import BevMap
 

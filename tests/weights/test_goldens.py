@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from distillbev.classes import CLASSES
 from distillbev.data.schema import Batch
-from distillbev.distill.distiller import Distiller, Tap, released_bevdepth4d
+from distillbev.distill.distiller import Distiller
+from distillbev.distill.settings import released_bevdepth4d
+from distillbev.distill.tap import Tap
 from distillbev.grid import BevGrid
 from distillbev.models.attention import SpatialCrossAttention, TemporalSelfAttention, find_sight
 from distillbev.models.bev_encoder import BevEncoder, BevEncoderConfig, LssNeck, LssNeckConfig

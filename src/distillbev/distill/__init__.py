@@ -1,6 +1,7 @@
 """Imitation of a frozen teacher: what is tapped, where and how strongly, and the module that does it."""
 
-from .distiller import Distiller, gradient_norms
+from .balance import gradient_norms
+from .distiller import Distiller
 from .inheritance import InheritanceReport, inherit_head
 from .settings import (
     DistillConfig,

@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from ..config import Config
 from ..data.settings import DataConfig
-from ..distill.distiller import DistillConfig
+from ..distill.settings import DistillConfig
 from ..errors import ConfigError
 from ..evaluation.metrics import DetectionEvalConfig
 from ..models.bevdet import BevDetConfig

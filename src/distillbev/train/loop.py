@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ..config import first_difference, read_config, write_config
 from ..data.samples import NuScenes
 from ..data.schema import Batch
-from ..distill.distiller import Distiller, inherit_head
+from ..distill.distiller import Distiller
+from ..distill.inheritance import inherit_head
 from ..errors import DistillBevError, RunError
 from ..models.bevdet import BevDet
 from ..models.centerpoint import CenterPoint
