@@ -19,7 +19,7 @@ from distillbev.data.settings import DataConfig
 from distillbev.geometry import pose_matrix
 from distillbev.models.lift import DepthLossConfig
 from distillbev.recipes import experiment_from
-from distillbev.report.draw import inspect_sample
+from distillbev.report.inspection import inspect_sample
 from distillbev.scoring import evaluate_run, predict_sample
 from distillbev.train.experiment import Experiment, OptimConfig
 from distillbev.train.loop import train

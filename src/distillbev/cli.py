@@ -101,7 +101,7 @@ def inspect(
 ) -> None:
     """Draw boxes and points on the pixels and on the BEV, before any training."""
     from .data.samples import NuScenes
-    from .report.draw import inspect_sample
+    from .report.inspection import inspect_sample
     from .scoring import spread_tokens
 
     nuscenes = NuScenes(root)

@@ -7,7 +7,7 @@ from PIL import Image
 from distillbev.data.samples import NOMINAL_LIDAR2EGO
 from distillbev.data.schema import CameraFrame, Sample
 from distillbev.geometry import invert_rigid, pose_matrix, rotation_about_z, transform_points
-from distillbev.report.draw import draw_ground_on_image
+from distillbev.report.camera_views import draw_ground_on_image
 from distillbev.report.rig_lines import field_of_view, ground_lines
 
 AHEAD = np.array([[0.0, 0, 1], [-1, 0, 0], [0, -1, 0]])  # axes of a camera that looks ahead, in the ego frame

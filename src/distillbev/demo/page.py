@@ -17,8 +17,10 @@ from ..data.points import load_points
 from ..data.samples import NuScenes
 from ..data.schema import Sample
 from ..distill.distiller import Distiller
-from ..report.draw import BoxLayer, annotated_boxes, bev_picture, camera_mosaic
+from ..report.camera_views import camera_mosaic
 from ..report.page import PALETTE, interval_chart, line_chart, page, picture, read_curve, swatch, table
+from ..report.paint import BoxLayer, annotated_boxes
+from ..report.top_view import bev_picture
 from ..scoring import SHOWN_SCORE, confident, extent_of
 from ..train.checkpoint import read_weights
 from ..train.inference import detect, load_trained

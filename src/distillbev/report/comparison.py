@@ -17,8 +17,10 @@ from ..data.schema import Sample
 from ..evaluation.compare import Comparison, Difference, Group, Side, found_boxes
 from ..evaluation.eval_boxes import EvalBoxes
 from ..geometry import invert_rigid
-from .draw import BoxLayer, bev_picture, camera_mosaic
+from .camera_views import camera_mosaic
 from .page import interval_chart, page, picture, table
+from .paint import BoxLayer
+from .top_view import bev_picture
 
 FIRST, SECOND = (255, 176, 0), (92, 168, 255)
 FOUND, MISSED = (80, 220, 120), (255, 82, 96)

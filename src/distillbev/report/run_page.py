@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 from ..boxes import Boxes3D
 from ..data.points import load_points
 from ..data.schema import Sample
-from .draw import BoxLayer, annotated_boxes, bev_picture, camera_mosaic
+from .camera_views import camera_mosaic
 from .page import line_chart, page, picture, read_curve
+from .paint import BoxLayer, annotated_boxes
+from .top_view import bev_picture
 
 FOUND, TRUTH = (255, 176, 0), (80, 220, 120)
 

@@ -12,18 +12,18 @@ from distillbev.boxes import Boxes3D
 from distillbev.data.samples import NuScenes
 from distillbev.data.schema import Annotations, CameraFrame, LidarSweep, Sample
 from distillbev.geometry import pose_matrix
-from distillbev.report.draw import (
+from distillbev.report.camera_views import (
     NEAR_M,
-    BoxLayer,
-    bev_picture,
     camera_mosaic,
     clip_segment,
     depth_colours,
     draw_boxes_on_image,
     draw_points_on_image,
-    inspect_sample,
     lidar_to_image,
 )
+from distillbev.report.inspection import inspect_sample
+from distillbev.report.paint import BoxLayer
+from distillbev.report.top_view import bev_picture
 
 REPOSITORY = Path(__file__).parents[2]
 REAL_FRAME = REPOSITORY.parent / "shared" / "data" / "nuscenes-one-frame"
