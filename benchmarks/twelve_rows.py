@@ -3,9 +3,10 @@
 Run: python benchmarks/twelve_rows.py OUT [--steps 500] [--seeds 2] [--table]
 
 Everything goes through the command line, as a user's runs do; finished runs are kept. OUT/twelve_rows.md holds the
-table, OUT/summary.json the figures, OUT/logs what each run printed. A student is taught by the teacher of its own seed.
-Students with a depth loss start from their own depth run (`task=depth`, no labels), BEVFormer's backbone from that of
-BEVDet's depth run: without eyes none of them learns enough in a few hundred steps to be compared.
+table, OUT/students.md its mAP in short, OUT/summary.json the figures, OUT/logs what each run printed. A student is
+taught by the teacher of its own seed. Students with a depth loss start from their own depth run (`task=depth`, no
+labels), BEVFormer's backbone from that of BEVDet's depth run: without eyes none of them learns enough in a few hundred
+steps to be compared.
 """
 
 from __future__ import annotations
@@ -247,9 +248,12 @@ def main() -> None:
 
     summary = summarise(rows, recipes, range(arguments.seeds))
     (arguments.out / "summary.json").write_text(json.dumps(summary, indent=2))
-    table = table_of(summary, arguments.steps)
-    (arguments.out / "twelve_rows.md").write_text(table)
-    print(table)
+    for name, table in (
+        ("students", students_table(summary)),
+        ("twelve_rows", table_of(summary, arguments.steps)),
+    ):
+        (arguments.out / f"{name}.md").write_text(table)
+        print(table)
 
 
 def summarise(rows: Rows, recipes: dict[str, str | None], seeds: Iterable[int]) -> dict[str, dict[str, Any]]:
@@ -310,6 +314,32 @@ def table_of(summary: dict[str, dict[str, Any]], steps: int) -> str:
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def students_table(summary: dict[str, dict[str, Any]]) -> str:
+    """The paper's twelve rows in short: mAP of each student alone, and what each teacher adds."""
+    lines = [
+        "| student | alone | from CenterPoint | gain | from MVP | gain |",
+        "|---" * 6 + "|",
+    ]
+    for student, teachers in STUDENTS.items():
+        recipes = [Variant(student, teacher).recipe for teacher in (None, *teachers)]
+        if not summary.keys() >= set(recipes):  # not finished
+            continue
+        alone, *taught = (summary[recipe] for recipe in recipes)
+        cells = [f"`{student}`", f"{mean_ap(alone):.3f}"]
+        for row in taught:
+            d = row["difference"]
+            cells += [
+                f"**{mean_ap(row):.3f}**",
+                f"{d['mean']:+.3f} ({d['low']:+.3f} to {d['high']:+.3f})",
+            ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def mean_ap(row: dict[str, Any]) -> float:
+    return statistics.fmean(run["mAP"] for run in row["runs"])
 
 
 if __name__ == "__main__":
