@@ -86,6 +86,7 @@ VARIANTS = {
     "uncorrelated": Variant(
         "tiny_bevdepth", None, ("student.history.correlation_cells=null",), from_depth=True
     ),
+    "unrefined": Variant("tiny_bevdepth", None, ("student.history.blocks=0",), from_depth=True),
     "virtual_depth": Variant(
         "tiny_bevdepth",
         None,

@@ -315,21 +315,22 @@ def _apply(features: Tensor, kernels: Tensor, rulebook: Rulebook) -> Tensor:
     """Features (N, C_in) of the input sites, kernels (K, C_in, C_out) -> (num_outputs, C_out)."""
     result = features.new_empty(rulebook.num_outputs, kernels.shape[2])
     # Memory costs more to get than to fill: what one step gathers and one block multiplies is got once.
-    most = max((len(inputs) for block in rulebook.blocks for _, inputs, _ in block.steps), default=0)
-    room = features.new_empty(most, features.shape[1])
-    products = features.new_empty(max(len(block.order) for block in rulebook.blocks), kernels.shape[2])
-    for block in rulebook.blocks:
-        done = 0
-        for k, inputs, _ in block.steps:
-            gathered = torch.index_select(features, 0, inputs, out=room[: len(inputs)])
-            torch.mm(gathered, kernels[k], out=products[done : done + len(inputs)])
-            done += len(inputs)
+    sizes = [[len(inputs) for _, inputs, _ in block.steps] for block in rulebook.blocks]
+    room = features.new_empty(max((max(steps, default=0) for steps in sizes), default=0), features.shape[1])
+    products = features.new_empty(max(map(sum, sizes)), kernels.shape[2])
+    matrices = kernels.unbind()
+    for block, steps in zip(rulebook.blocks, sizes, strict=True):
+        done = sum(steps)
+        parts = products[:done].split(steps)
+        for (k, inputs, _), size, part in zip(block.steps, steps, parts, strict=True):
+            gathered = torch.index_select(features, 0, inputs, out=room.narrow(0, 0, size))
+            torch.mm(gathered, matrices[k], out=part)
         # Each site's products in one go: on a CPU far faster than adding them to scattered places.
         wide = products[:done].to(_sum_type(products))
         sums = functional.embedding_bag(block.order, wide, block.starts, mode="sum")
         rows = slice(block.first, block.last)
         if rulebook.identity is not None:
-            sums += features[rows] @ kernels[rulebook.identity]
+            sums += features[rows] @ matrices[rulebook.identity]
         result[rows] = sums
     return result
 
