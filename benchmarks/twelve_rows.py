@@ -52,7 +52,7 @@ IMITATING = ("distill.response.velocity=0",)
 
 @dataclass(frozen=True)
 class Variant:
-    """One change to a row. `from_depth`: it reaches the eyes too, which a depth run of its own trains."""
+    """A row, or one change to it. `from_depth`: it reaches the eyes too, which a depth run of its own trains."""
 
     student: str
     teacher: str | None

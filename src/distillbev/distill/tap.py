@@ -51,8 +51,7 @@ class Tap(nn.Module):
 
     def attention(self, teacher: Tensor, adapted: Tensor) -> Tensor:
         """(B, 1, Y, X) attention of the maps that are compared, z-scores where these are taught."""
-        teacher = teacher.float() if self.standardise is None else self.standardise(teacher)
-        return shared_attention(teacher, adapted, self.config.attention)
+        return shared_attention(self._compared(teacher), adapted, self.config.attention)
 
     def forward(
         self,
@@ -69,7 +68,7 @@ class Tap(nn.Module):
         adapted = self.adapt(student, (teacher.shape[2], teacher.shape[3]))
         terms: dict[str, Tensor] = {}
         with torch.autocast(adapted.device.type, enabled=False):
-            teacher = teacher.float() if self.standardise is None else self.standardise(teacher)
+            teacher = self._compared(teacher)
             attention = shared_attention(teacher, adapted, config.attention)
             if config.attention_imitation and config.is_on(config.attention_imitation, step):
                 terms["attention"] = attention_term(
@@ -94,6 +93,9 @@ class Tap(nn.Module):
                 relation = config.relation.relation
                 terms["relation"] = relation_term(teacher, adapted, boxes, teacher_map.grid, relation)
         return terms
+
+    def _compared(self, teacher: Tensor) -> Tensor:
+        return teacher.float() if self.standardise is None else self.standardise(teacher)
 
     def _smooth(self, means: Tensor) -> Tensor:
         assert self.smooth is not None and self.smooth.bias is not None
